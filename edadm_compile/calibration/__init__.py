@@ -1,0 +1,1 @@
+"""Calibration data: sampling with diffusers schedulers and the choice of samples (TDAC)."""

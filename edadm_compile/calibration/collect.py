@@ -1,0 +1,170 @@
+"""Collect the calibration set: score one batch of trajectories, then run each sample's own one just far enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from edadm_compile.calibration import sampler, tdac
+from edadm_compile.calibration.dataset import CalibrationSet, Trajectories
+from edadm_compile.config import QuantConfig
+from edadm_compile.errors import CalibrationError
+from edadm_compile.ir.analysis import shape_of, x_dependent
+from edadm_compile.ir.ops import op_name
+from edadm_compile.ir.program import Program
+
+_UP_OPS = ("upsample", "conv_transpose", "pixel_shuffle", "cat.default", "concat.default")
+#: Trajectories advanced together; bounds memory, not the result.
+_CHUNK = 64
+
+
+def bottleneck(program: Program, override: str | None = None) -> fx.Node:
+    """The node whose value TDAC looks at: the last one at the lowest resolution before the up path begins.
+
+    Args:
+        override: name of a graph node to use instead.
+
+    Raises:
+        CalibrationError: no 4-D activation, or an unknown override.
+    """
+    graph = program.graph_module.graph
+    if override is not None:
+        for node in graph.nodes:
+            if node.name == override:
+                return node
+        raise CalibrationError(f"bottleneck: no node called {override!r} in the float graph")
+    dependent = x_dependent(graph)
+    maps = [n for n in graph.nodes if n in dependent and n.op == "call_function" and len(shape_of(n)) == 4 and n.meta.get("dtype") == torch.float32]
+    maps = [n for n in maps if shape_of(n)[2] > 1 and shape_of(n)[3] > 1] or maps
+    if not maps:
+        raise CalibrationError("bottleneck: the graph has no 4-D activation; name a node to use instead")
+    area = min(shape_of(n)[2] * shape_of(n)[3] for n in maps)
+    found: fx.Node | None = None
+    for node in maps:
+        lowest = shape_of(node)[2] * shape_of(node)[3] == area
+        if found is not None and any(word in op_name(node.target) for word in _UP_OPS):
+            break
+        if lowest:
+            found = node
+    assert found is not None
+    return found
+
+
+class _FeatureTap(fx.Interpreter):
+    """Runs a graph and keeps one node's value."""
+
+    def __init__(self, program: Program, node: fx.Node) -> None:
+        super().__init__(program.graph_module)
+        self._node = node
+        self._program = program
+        self.feature = torch.empty(0)
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if n is self._node:
+            assert isinstance(result, Tensor)
+            self.feature = result
+        return result
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        limit = self._program.signature.max_batch
+        if inputs[0].shape[0] > limit:
+            parts, features = [], []
+            for piece in zip(*(v.split(limit) for v in inputs), strict=True):
+                parts.append(self(*piece))
+                features.append(self.feature)
+            self.feature = torch.cat(features)
+            return torch.cat(parts)
+        prediction: Tensor = self.run(*self._program.graph_inputs(inputs))
+        return prediction
+
+
+def collect(
+    program: Program,
+    config: QuantConfig,
+    generator: torch.Generator,
+    *,
+    pool: dict[str, Tensor] | None = None,
+    advance: Callable[[int, str], None] = lambda steps, message: None,
+) -> CalibrationSet:
+    """Choose and collect calibration samples for a float program.
+
+    Each sample belongs to its own trajectory (its own noise and condition), run only down to its step.
+
+    Args:
+        pool: the user's condition tensors by name.
+        advance: progress callback (model evaluations done, remark).
+
+    Raises:
+        CalibrationError: the model's prediction is not finite.
+    """
+    trajectories, features = _score_batch(program, config, generator, pool, advance)
+    steps = len(features)
+    if config.tdac.enabled and not config.is_baseline:
+        allocation = tdac.tdac(features, config.calib_samples, config.tdac)
+    else:
+        allocation = tdac.uniform(steps, config.calib_samples)
+    assigned = torch.repeat_interleave(torch.arange(steps), allocation.counts)
+    x = sampler.draw_noise(program.signature, assigned.numel(), generator)
+    conditions = sampler.draw_conditions(program.signature, assigned.numel(), generator, pool)
+    states = []
+    for rows in torch.arange(assigned.numel()).split(_CHUNK):  # sorted by step: a chunk stops early together
+        states.append(_run_down(program, x[rows], [c[rows] for c in conditions], assigned[rows], generator, advance))
+    order = torch.randperm(assigned.numel(), generator=generator)
+    x, assigned = torch.cat(states)[order], assigned[order]
+    t = trajectories.t[assigned]
+    return CalibrationSet(x, t, tuple(c[order] for c in conditions), assigned, allocation, trajectories)
+
+
+def _score_batch(
+    program: Program,
+    config: QuantConfig,
+    generator: torch.Generator,
+    pool: dict[str, Tensor] | None,
+    advance: Callable[[int, str], None],
+) -> tuple[Trajectories, list[Tensor]]:
+    tap = _FeatureTap(program, bottleneck(program))
+    n = config.tdac.trajectories
+    x = sampler.draw_noise(program.signature, n, generator)
+    conditions = sampler.draw_conditions(program.signature, n, generator, pool)
+    features: list[Tensor] = []
+    states: list[Tensor] = []
+    predictions: list[Tensor] = []
+    times: list[float] = []
+
+    def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
+        if not bool(torch.isfinite(prediction).all()):
+            raise CalibrationError(f"the model's prediction at timestep {t:g} is not finite; check the weights and the scheduler")
+        # A scheduler such as PNDM calls the model more than once at some timesteps: every call is a step here.
+        features.append(tap.feature)
+        states.append(x_in.clone())
+        predictions.append(prediction)
+        times.append(t)
+        advance(n, f"scoring t={t:g}")
+
+    sampler.sample(tap, program.sampler, x, conditions, generator=generator, hook=hook)
+    t = torch.tensor(times, dtype=torch.float64).to(program.signature.inputs[1].dtype)
+    return Trajectories(torch.stack(states), torch.stack(predictions), t, tuple(conditions)), features
+
+
+def _run_down(
+    program: Program,
+    x: Tensor,
+    conditions: list[Tensor],
+    assigned: Tensor,
+    generator: torch.Generator,
+    advance: Callable[[int, str], None],
+) -> Tensor:
+    """States of a chunk of trajectories, each at its assigned step."""
+    result = torch.empty_like(x)
+
+    def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
+        here = assigned == index
+        result[here] = x_in[here]
+        advance(x.shape[0], f"collecting t={t:g}")
+
+    last = int(assigned.max())
+    sampler.sample(program, program.sampler, x, conditions, generator=generator, hook=hook, stop_after=last + 1)
+    return result

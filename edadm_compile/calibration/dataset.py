@@ -1,0 +1,52 @@
+"""The calibration set: model inputs at chosen sampler steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from edadm_compile.calibration.tdac import Allocation
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Model inputs for range search and reconstruction, and the float trajectories they were chosen from.
+
+    Attributes:
+        x: float32 [N, C, H, W].
+        t: [N], in the dtype of the model's timestep input.
+        conditions: tensors [N, ...] in signature order.
+        step: int64 [N], the sampler step of each sample.
+        allocation: samples per step and the scores behind it.
+        trajectories: inputs and predictions of the scoring batch at every step, for the mean correction.
+    """
+
+    x: Tensor
+    t: Tensor
+    conditions: tuple[Tensor, ...]
+    step: Tensor
+    allocation: Allocation
+    trajectories: Trajectories
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All model inputs, x first."""
+        return (self.x, self.t, *self.conditions)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Float trajectories of one batch.
+
+    Attributes:
+        x: float32 [T, B, C, H, W], model inputs by sampler step.
+        prediction: float32 [T, B, ...], the float model's outputs.
+        t: [T], timesteps in sampling order.
+        conditions: tensors [B, ...].
+    """
+
+    x: Tensor
+    prediction: Tensor
+    t: Tensor
+    conditions: tuple[Tensor, ...]

@@ -1,0 +1,188 @@
+"""Command line: parse, call the library, print. No logic of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edadm_compile.errors import EdadmError
+
+_VERSION = "0.1.0"
+
+
+class DefaultCompile(click.Group):
+    """A group whose default verb is ``compile``: ``edadm-compile model.pt ...`` works as it reads."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put ``compile`` in front unless a verb or a group option comes first."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            args = ["compile", *args]
+        return super().parse_args(ctx, args)
+
+
+def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Print package errors as one sentence and exit with their code; Ctrl-C exits with 130."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        debug = kwargs.pop("debug", False)
+        try:
+            return function(*args, **kwargs)
+        except EdadmError as error:
+            if debug:
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted: nothing was written", err=True)
+            sys.exit(130)
+
+    wrapper.__name__, wrapper.__doc__ = function.__name__, function.__doc__
+    return wrapper
+
+
+_debug = click.option("--debug", is_flag=True, help="Show a traceback instead of one sentence.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+_file = click.Path(path_type=Path)
+
+
+def _bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    from edadm_compile.config import PRESETS
+
+    for name in reversed(PRESETS):
+        function = click.option(f"--{name}", "preset", flag_value=name, default=None, help=f"{name[1]}-bit weights, {name[3]}-bit activations.")(function)
+    return function
+
+
+def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say how to load a model; shared by every verb that takes one."""
+    for option in (
+        click.option("--trust-pickle", is_flag=True, help="Open a pickled module. It can run any code: only for files you made."),
+        click.option("--factory", metavar="PKG.MODULE:CALLABLE", help="Code that builds the module for a state-dict file."),
+        click.option("--cond", "conditions", type=_file, metavar="FILE.safetensors", help="Condition tensors [N, ...] by forward parameter name."),
+        click.option("--steps", type=int, help="Sampler steps (default: the checkpoint's, else 50)."),
+        click.option("--scheduler", type=_file, metavar="FILE.json", help="diffusers scheduler_config.json of the sampler."),
+        click.option("--shape", metavar="C,H,W", help="Input shape when it cannot be inferred."),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group(cls=DefaultCompile, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_VERSION, prog_name="edadm-compile")
+def main() -> None:
+    """Compile trained diffusion UNets to integer programs, quantized with EDA-DM.
+
+    The default verb is compile: edadm-compile model.pt --w4a8 -o unet.qmod
+    """
+
+
+@main.command()
+@click.argument("model", type=_file)
+@click.option("-o", "--output", type=_file, help="File to write (default: MODEL with suffix .qmod).")
+@_bits_flags
+@click.option("--weights-bits", type=int, help="Weight width, 2 to 8.")
+@click.option("--acts-bits", type=int, help="Activation width, 2 to 8 or 16.")
+@click.option("--method", type=click.Choice(["eda-dm", "minmax"]), help="eda-dm (default) or the round-to-nearest baseline.")
+@click.option("--uniform", is_flag=True, default=None, help="Strict widths: no promoted layers, 8-bit stem input.")
+@click.option("--attention", type=click.Choice(["float", "int8"]), help="Attention products in float (default) or int8.")
+@click.option("--iters", type=int, help="Reconstruction steps per block (0: round to nearest).")
+@click.option("--calib-samples", type=int, help="Calibration samples.")
+@click.option("--seed", type=int, help="Seed of every random draw (default 0).")
+@click.option("--device", default="cpu", show_default=True, help="Where to calibrate and reconstruct.")
+@click.option("--config", "config_file", type=_file, metavar="FILE.toml", help="Settings file; options on the command line win.")
+@source_options
+@click.option("--dump-graphs", type=_file, metavar="DIR", help="Write the graph after each pass.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+@_json
+@_debug
+@guarded
+def compile(  # noqa: A001 - the verb's name
+    model: Path, output: Path | None, quiet: bool, as_json: bool, device: str, config_file: Path | None, dump_graphs: Path | None, **options: Any
+) -> None:
+    """Compile MODEL to an integer program.
+
+    MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
+    """
+    from edadm_compile import compile_run
+
+    request = compile_run.Request(
+        model=model, output=output or model.with_suffix(".qmod"), device=device, config_file=config_file, dump=dump_graphs, options=options
+    )
+    with compile_run.reporter(quiet or as_json) as progress:
+        summary = compile_run.run(request, progress)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    elif not quiet:
+        compile_run.print_summary(summary)
+
+
+@main.command()
+@click.argument("artifact", type=_file)
+@_json
+@_debug
+@guarded
+def inspect(artifact: Path, as_json: bool) -> None:
+    """Show what is in ARTIFACT: every layer, what executes and why, sizes, provenance."""
+    from edadm_compile.report import tables
+    from edadm_compile.runtime.artifact import read
+
+    report = tables.inspect_report(read(artifact), artifact.stat().st_size)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        tables.print_inspect(report)
+
+
+@main.command()
+@click.argument("artifact", type=_file)
+@click.option("-n", "count", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Images.")
+@click.option("-o", "--output", type=_file, default=Path("grid.png"), show_default=True, help="PNG to write.")
+@click.option("--reference", type=_file, metavar="MODEL", help="Float model: sampled from the same noise, rows side by side.")
+@click.option("--label", type=int, help="Class label for all images (default: labels in turn).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@source_options
+@_json
+@_debug
+@guarded
+def sample(artifact: Path, as_json: bool, **options: Any) -> None:
+    """Generate images with ARTIFACT, beside the float model's when one is given."""
+    from edadm_compile.evaluate import sample_run
+
+    result = sample_run.run(artifact, as_json=as_json, **options)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        sample_run.print_result(result)
+
+
+@main.command()
+@click.argument("artifact", type=_file)
+@click.option("--reference", type=_file, required=True, metavar="MODEL", help="The float model that was compiled.")
+@click.option("-n", "count", type=click.IntRange(1, 4096), default=8, show_default=True, help="Trajectories.")
+@click.option("--seed", type=int, default=1, show_default=True)
+@source_options
+@_json
+@_debug
+@guarded
+def verify(artifact: Path, as_json: bool, **options: Any) -> None:
+    """Check ARTIFACT: integer execution against simulated quantization, layer by layer and end to end.
+
+    Exits with 7 when the numeric contract is broken.
+    """
+    from edadm_compile.evaluate import verify_run
+
+    result = verify_run.run(artifact, **options)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        verify_run.print_result(result)
+    verify_run.check(result)
+
+
+if __name__ == "__main__":
+    main()

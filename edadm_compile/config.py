@@ -1,0 +1,218 @@
+"""Settings of a compilation: one frozen value, to and from TOML and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edadm_compile.errors import ConfigError
+from edadm_compile.quant.spec import ACT_BITS, WEIGHT_BITS
+
+METHODS = ("eda-dm", "minmax")
+#: Named widths: weight bits, activation bits.
+PRESETS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4)}
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Widths for the layers whose name matches a shell pattern; the last matching rule wins.
+
+    Attributes:
+        pattern: such as ``up_blocks.*.conv1``.
+        weight_bits, act_bits: widths, or 32 for "leave in float"; None keeps the default.
+    """
+
+    pattern: str
+    weight_bits: int | None = None
+    act_bits: int | None = None
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule applies to the layer called `name`."""
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+
+@dataclass(frozen=True)
+class TdacConfig:
+    """Time-step density and diversity aware calibration (arXiv 2401.04585).
+
+    Attributes:
+        enabled: allocate samples by density and diversity; otherwise uniformly over steps.
+        diversity_weight: lambda, weight of the diversity score.
+        radius_quantile: density radius as a quantile of all pairwise distances.
+        radius: absolute radius, overrides the quantile.
+        min_per_step: samples every step gets at least.
+        trajectories: float trajectories used for scoring.
+    """
+
+    enabled: bool = True
+    diversity_weight: float = 1.2
+    radius_quantile: float = 0.5
+    radius: float | None = None
+    min_per_step: int = 1
+    trajectories: int = 32
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """Fine-grained block reconstruction.
+
+    Attributes:
+        iters: optimizer steps per block; 0 keeps round-to-nearest.
+        batch: samples per step.
+        lr_weight: Adam learning rate of the rounding variables.
+        lr_scale: Adam learning rate of log(activation scale).
+        layer_loss_weight: weight of the layer losses beside the block loss (0: block loss only).
+        qdrop: probability that an activation element stays unquantized while training.
+        rounding_weight: weight of AdaRound's 0/1 regulariser, annealed from b = 20 to 2 (0: off, as released).
+        max_layers: largest number of layers in one block.
+    """
+
+    iters: int = 200
+    batch: int = 32
+    lr_weight: float = 5e-2
+    lr_scale: float = 2e-3
+    layer_loss_weight: float = 1.0
+    qdrop: float = 0.0
+    rounding_weight: float = 0.0
+    max_layers: int = 8
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Everything that decides the result, besides the model.
+
+    Attributes:
+        weight_bits, act_bits: requested widths of the inner layers.
+        method: "eda-dm", or "minmax" (round to nearest, min-max ranges, uniform timesteps).
+        uniform: strict widths: no 16-bit stem input, no promoted layers (first and last layer stay 8-bit).
+        max_average_bits: bound on the average weight width when layers are promoted to 8 bits.
+        attention: "float" or "int8" for the two attention matrix products.
+        mean_correction: add the per-step mean error back to the predicted noise.
+        calib_samples: calibration samples.
+        seed: seeds every random draw.
+        tdac, reconstruction: settings of the two halves of the method.
+        rules: per-layer overrides.
+    """
+
+    weight_bits: int = 4
+    act_bits: int = 8
+    method: str = "eda-dm"
+    uniform: bool = False
+    max_average_bits: float = 4.6
+    attention: str = "float"
+    mean_correction: bool = True
+    calib_samples: int = 512
+    seed: int = 0
+    tdac: TdacConfig = TdacConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    rules: tuple[LayerRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Reject values outside their range.
+
+        Raises:
+            ConfigError: naming the setting, what was given and what is allowed.
+        """
+        _one_of("weight_bits", self.weight_bits, WEIGHT_BITS)
+        _one_of("act_bits", self.act_bits, ACT_BITS)
+        _one_of("method", self.method, METHODS)
+        _one_of("attention", self.attention, ("float", "int8"))
+        _at_least("calib_samples", self.calib_samples, 1)
+        _at_least("seed", self.seed, 0)
+        _at_least("reconstruction.iters", self.reconstruction.iters, 0)
+        _at_least("reconstruction.batch", self.reconstruction.batch, 1)
+        _at_least("reconstruction.max_layers", self.reconstruction.max_layers, 1)
+        _at_least("tdac.trajectories", self.tdac.trajectories, 1)
+        _in_range("reconstruction.qdrop", self.reconstruction.qdrop, 0.0, 1.0)
+        _in_range("tdac.radius_quantile", self.tdac.radius_quantile, 0.0, 1.0)
+        _in_range("max_average_bits", self.max_average_bits, 2.0, 8.0)
+        for rule in self.rules:
+            _one_of(f"rule {rule.pattern!r} weight_bits", rule.weight_bits, (*WEIGHT_BITS, 32, None))
+            _one_of(f"rule {rule.pattern!r} act_bits", rule.act_bits, (*ACT_BITS, 32, None))
+
+    @property
+    def name(self) -> str:
+        """Short name such as "w4a8"."""
+        return f"w{self.weight_bits}a{self.act_bits}"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the round-to-nearest baseline (strict widths, no correction, no reconstruction)."""
+        return self.method == "minmax"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able form; `from_dict` inverts it."""
+        return dataclasses.asdict(self)
+
+
+def from_dict(values: dict[str, Any], where: str = "configuration") -> QuantConfig:
+    """Build a configuration from nested plain values.
+
+    Raises:
+        ConfigError: unknown or badly typed setting.
+    """
+    values = dict(values)
+    tdac = _build(TdacConfig, values.pop("tdac", {}), f"{where}: [tdac]")
+    recon = _build(ReconstructionConfig, values.pop("reconstruction", {}), f"{where}: [reconstruction]")
+    rules = tuple(_build(LayerRule, rule, f"{where}: [[rules]]") for rule in values.pop("rules", ()))
+    return _build(QuantConfig, values, where, tdac=tdac, reconstruction=recon, rules=rules)
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Read a TOML or JSON settings file into nested plain values.
+
+    Raises:
+        ConfigError: unreadable or malformed file.
+    """
+    try:
+        text = path.read_text()
+        return dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read settings file {path}: {error}") from None
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+        raise ConfigError(f"settings file {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
+
+
+def _build(cls: type[Any], values: Any, where: str, **extra: Any) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a table of settings, got {values!r}")
+    types = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in types:
+            close = difflib.get_close_matches(key, types, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(types))}"
+            raise ConfigError(f"{where}: unknown setting {key!r}{hint}")
+        if not _fits(value, types[key]):
+            raise ConfigError(f"{where}: {key} must be {types[key]}, got {value!r}")
+    return cls(**values, **extra)
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    if value is None:
+        return "None" in annotation
+    if isinstance(value, bool):
+        return annotation.startswith("bool")
+    if isinstance(value, int):
+        return annotation.startswith(("int", "float"))
+    return annotation.startswith({float: "float", str: "str"}.get(type(value), "?"))
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: got {value!r}, allowed {', '.join(str(a) for a in allowed if a is not None)}")
+
+
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise ConfigError(f"{name}: got {value}, must be at least {lowest}")
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}: got {value}, must be between {low} and {high}")

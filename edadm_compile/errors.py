@@ -1,0 +1,63 @@
+"""Every exception the package raises on purpose.
+
+::
+
+    EdadmError                what the command line prints as one sentence (exit code 1, usage errors 2)
+    ├── InputError            a model file, folder, factory or option that cannot be used
+    │   └── ConfigError       a quantization setting out of its range, or a bad TOML/JSON file
+    ├── CaptureError          torch.export could not capture the model, or a layer escaped the graph
+    ├── DialectError          a pass produced a graph that its dialect does not allow (a bug in a pass)
+    ├── CalibrationError      calibration data that cannot be used (not finite, wrong shape)
+    ├── ArtifactError         a .qmod file that is truncated, altered, foreign or of an unknown version
+    └── ContractError         integer execution and simulated quantization disagree (``verify`` failed)
+
+Messages say what happened, where, what was found, what is allowed and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class EdadmError(Exception):
+    """Base of all errors below; ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class InputError(EdadmError):
+    """A model, file or option given by the user cannot be used."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A setting is unknown or outside its allowed range."""
+
+
+class CaptureError(EdadmError):
+    """The model could not be captured as a graph."""
+
+    exit_code = 3
+
+
+class DialectError(EdadmError):
+    """A graph breaks the rules of its dialect: always a bug in the pass that made it."""
+
+    exit_code = 4
+
+
+class CalibrationError(EdadmError):
+    """Calibration samples or activations are unusable."""
+
+    exit_code = 5
+
+
+class ArtifactError(EdadmError):
+    """A ``.qmod`` file cannot be trusted or understood."""
+
+    exit_code = 6
+
+
+class ContractError(EdadmError):
+    """Integer execution does not match the simulated quantization it was compiled from."""
+
+    exit_code = 7

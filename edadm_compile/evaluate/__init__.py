@@ -1,0 +1,1 @@
+"""Quality metrics and same-noise comparison of two models."""

@@ -1,0 +1,107 @@
+"""The checkpoint dictionary: a class name, its configuration, a state dict and a scheduler, all plain values.
+
+::
+
+    torch.save({
+        "format": "edadm_compile.checkpoint/1",
+        "model": {"class_name": "UNet2DModel", "config": {...}},
+        "state_dict": {...},                        # any float dtype
+        "scheduler": {"_class_name": "DDIMScheduler", ...},
+        "sampler": {"steps": 50},                   # optional
+    }, "model.pt")
+
+loads with ``torch.load(..., weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from edadm_compile.errors import InputError
+from edadm_compile.frontend.source import Source, source_from_module
+from edadm_compile.ir.program import SamplerSpec
+
+FORMAT = "edadm_compile.checkpoint/1"
+#: diffusers classes a checkpoint or folder may name.
+MODEL_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+
+
+def is_checkpoint(value: Any) -> bool:
+    """Whether a loaded object is a checkpoint dictionary of any version."""
+    return isinstance(value, dict) and str(value.get("format", "")).startswith("edadm_compile.checkpoint/")
+
+
+def load(
+    value: dict[str, Any],
+    path: Path,
+    sampler: Callable[[dict[str, Any] | None, int | None], SamplerSpec],
+    shape: tuple[int, int, int] | None,
+    pool: dict[str, Tensor],
+    origin: dict[str, Any],
+) -> Source:
+    """Build the source a checkpoint dictionary describes.
+
+    Raises:
+        InputError: a missing or wrong entry.
+    """
+    if value["format"] != FORMAT:
+        raise InputError(f"{path}: checkpoint format {value['format']!r}, this version reads {FORMAT!r}")
+    missing = [key for key in ("model", "state_dict") if not isinstance(value.get(key), dict)]
+    if missing:
+        raise InputError(f"{path}: checkpoint has no dictionary {missing[0]!r}")
+    model = build(str(value["model"].get("class_name")), dict(value["model"].get("config") or {}), str(path))
+    load_weights(model, value["state_dict"], str(path))
+    steps = (value.get("sampler") or {}).get("steps")
+    return diffusers_source(model, sampler(value.get("scheduler"), steps), shape, pool, origin)
+
+
+def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
+    """Instantiate a diffusers UNet from its configuration.
+
+    Raises:
+        InputError: a class outside `MODEL_CLASSES`, or a configuration it refuses.
+    """
+    if class_name not in MODEL_CLASSES:
+        raise InputError(f"{where}: model class {class_name!r}, allowed {', '.join(MODEL_CLASSES)}; for any other model use a .pt2 archive or --factory")
+    import diffusers
+
+    try:
+        model = getattr(diffusers, class_name).from_config(config)
+    except Exception as error:
+        raise InputError(f"{where}: {class_name} refuses its configuration: {error}") from None
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load a state dict strictly.
+
+    Raises:
+        InputError: missing, unexpected or wrongly shaped tensors.
+    """
+    try:
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise InputError(f"{where}: weights do not fit the model: {lines[1] if len(lines) > 1 else lines[0]}"[:400]) from None
+
+
+def diffusers_source(
+    model: nn.Module, sampler: SamplerSpec, shape: tuple[int, int, int] | None, pool: dict[str, Tensor], origin: dict[str, Any]
+) -> Source:
+    """A source for a diffusers UNet: labels are drawn at random, other conditions come from the user's tensors."""
+    classes = getattr(model.config, "num_class_embeds", None)  # type: ignore[union-attr]
+    labelled = {} if classes is None or "class_labels" in pool else {"class_labels": int(classes)}
+    if "encoder_hidden_states" not in pool and type(model).__name__ == "UNet2DConditionModel":
+        width = getattr(model.config, "cross_attention_dim", "D")  # type: ignore[union-attr]
+        raise InputError(
+            f"UNet2DConditionModel needs text conditions: give calibration values with --cond FILE.safetensors holding "
+            f"'encoder_hidden_states' [N, tokens, {width}]"
+        )
+    return source_from_module(
+        model, sampler, shape=shape, conditions=pool, num_classes=labelled, fixed={"return_dict": False}, origin=origin
+    )  # fmt: skip

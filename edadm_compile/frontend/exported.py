@@ -1,0 +1,69 @@
+"""torch.export archives (.pt2), recognised by content: people name them .pt as well."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from edadm_compile.errors import InputError
+from edadm_compile.frontend.source import Source
+from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.passes.trace import MAX_BATCH
+
+
+def is_exported_program(path: Path) -> bool:
+    """Whether a file is a torch.export archive."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return any(n.endswith(("archive_format", "serialized_exported_program.json")) for n in names)
+
+
+def load(path: Path, sampler: SamplerSpec, pool: dict[str, Tensor], origin: dict[str, Any]) -> Source:
+    """Load an archive; shapes, names and batch limits come from the program itself.
+
+    Raises:
+        InputError: unreadable, or inputs that are not (x [B, C, H, W], t [B], *conditions [B, ...]).
+    """
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise InputError(f"{path} is a torch.export archive that this torch {torch.__version__} cannot read: {str(error).splitlines()[0]}") from error
+    signature = _signature(program, path, pool)
+    return Source(signature, sampler, None, program, {}, pool, origin)
+
+
+def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) -> Signature:
+    names = [n for n in program.graph_signature.user_inputs if isinstance(n, str)]
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    tensors = [(n, values[n]) for n in names if isinstance(values.get(n), Tensor)]
+    if len(tensors) < 2 or tensors[0][1].dim() != 4 or tensors[1][1].dim() != 1:
+        shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in tensors)
+        raise InputError(f"{path}: inputs are {shapes or 'missing'}; expected x [B, C, H, W], t [B], then conditions [B, ...]")
+    lowest, largest = _batch_range(program, tensors[0][1])
+    inputs = []
+    for i, (name, value) in enumerate(tensors):
+        if i >= 2 and name not in pool:
+            raise InputError(f"{path}: condition {name!r} {list(value.shape)} needs calibration values: --cond FILE.safetensors with a tensor {name!r}")
+        sizes = tuple(int(s) for s in value.shape[1:])
+        inputs.append(InputSpec(name, sizes, value.dtype, ("x", "t")[i] if i < 2 else "cond"))
+    return Signature(tuple(inputs), "tensor", largest, lowest, source="torch.export program")
+
+
+def _batch_range(program: ExportedProgram, x: Tensor) -> tuple[int, int]:
+    size = x.shape[0]
+    if not isinstance(size, torch.SymInt):
+        return int(size), int(size)
+    bounds = program.range_constraints.get(size.node.expr)
+    upper = MAX_BATCH if bounds is None else bounds.upper
+    lower = 1 if bounds is None else bounds.lower
+    try:
+        return max(1, int(lower)), min(MAX_BATCH, int(upper))
+    except (TypeError, OverflowError):  # unbounded
+        return max(1, int(lower)), MAX_BATCH

@@ -1,0 +1,203 @@
+"""Find out what a path holds and load it, never opening a pickle unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_compile.calibration.sampler import make_scheduler, read_scheduler
+from edadm_compile.errors import EdadmError, InputError
+from edadm_compile.frontend import checkpoint, diffusers_folder, exported
+from edadm_compile.frontend.source import Source, source_from_module
+from edadm_compile.ir.program import SamplerSpec
+
+_DEFAULT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What the user adds to the path.
+
+    Attributes:
+        shape: [C, H, W] of x.
+        scheduler: path of a diffusers scheduler_config.json.
+        steps: sampler steps.
+        eta: DDIM noise level.
+        conditions: path of a safetensors file with condition tensors.
+        factory: ``package.module:callable`` that builds the module for a state-dict file.
+        trust_pickle: open pickled modules.
+    """
+
+    shape: tuple[int, int, int] | None = None
+    scheduler: Path | None = None
+    steps: int | None = None
+    eta: float = 0.0
+    conditions: Path | None = None
+    factory: str | None = None
+    trust_pickle: bool = False
+
+
+def load_source(path: Path, options: LoadOptions | None = None) -> Source:
+    """Load whatever `path` holds.
+
+    Raises:
+        InputError: what the file is, why it cannot be used, and what to do.
+    """
+    options = options or LoadOptions()
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    pool = _read_conditions(options.conditions)
+    if path.is_dir():
+        return diffusers_folder.load(path, lambda found: _sampler(options, found, None), options.shape, pool)
+    origin = {"file": path.name, "sha256": sha256(path)}
+    if exported.is_exported_program(path):
+        return exported.load(path, _sampler(options, _scheduler_beside(path), None), pool, origin)
+    if options.factory is not None:
+        module = _from_factory(options.factory, path)
+        return source_from_module(module, _sampler(options, _scheduler_beside(path), None), shape=options.shape, conditions=pool, origin=origin)
+    if path.suffix == ".safetensors":
+        raise InputError(f"{path} holds only tensors; name the code that builds the model with --factory package.module:callable")
+    return _load_pickle_like(path, options, pool, origin)
+
+
+def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor], origin: dict[str, Any]) -> Source:
+    """torch.save files: our checkpoint dictionary, a bare state dict, or a pickled module."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if not options.trust_pickle:
+            raise InputError(_pickle_message(path, error)) from None
+        value = _trusted_load(path)
+    if isinstance(value, nn.Module):
+        return source_from_module(value, _sampler(options, _scheduler_beside(path), None), shape=options.shape, conditions=pool, origin=origin)
+    if checkpoint.is_checkpoint(value):
+        return checkpoint.load(value, path, lambda config, steps: _sampler(options, config, steps), options.shape, pool, origin)
+    if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
+        raise InputError(f"{path} is a bare state dict ({len(value)} tensors); name the code that builds the model with --factory package.module:callable")
+    raise InputError(f"{path} holds a {type(value).__name__}, not a model; expected a checkpoint dictionary (docs/quantization.md), a .pt2 archive or a diffusers folder")
+
+
+def _pickle_message(path: Path, error: Exception) -> str:
+    if not zipfile.is_zipfile(path):
+        start = path.open("rb").read(2)
+        if not start.startswith(b"\x80"):
+            return f"{path} is not a model file: neither a torch file, a .pt2 archive nor safetensors"
+    reason = str(error).split(". ")[0].splitlines()[0][:200]
+    return (
+        f"{path} is a pickled Python object, which can run any code when opened ({reason}). Three safe ways: "
+        "(1) torch.export.save(torch.export.export(model, (x, t)), 'model.pt2') and compile that; "
+        "(2) torch.save(model.state_dict(), FILE) and --factory package.module:callable; "
+        "(3) a diffusers folder (model.save_pretrained). If you made the file yourself: --trust-pickle"
+    )
+
+
+def _trusted_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise InputError(f"{path} cannot be unpickled: {type(error).__name__}: {error}") from error
+
+
+def _from_factory(name: str, path: Path) -> nn.Module:
+    module = _call_factory(name)
+    state = _state_dict(path)
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit the module that {name} builds: {str(error).splitlines()[-1].strip()}") from None
+    if missing:
+        raise InputError(f"{path} lacks {len(missing)} tensor(s) that {name} needs, such as {missing[0]!r}; unexpected in the file: {list(unexpected)[:3]}")
+    return module
+
+
+def _call_factory(name: str) -> nn.Module:
+    import sys
+
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a console script does not see the user's own package otherwise
+    package, _, attribute = name.partition(":")
+    if not attribute:
+        raise InputError(f"--factory: got {name!r}, expected package.module:callable")
+    try:
+        factory: Callable[[], Any] = getattr(importlib.import_module(package), attribute)
+        module = factory()
+    except EdadmError:
+        raise
+    except Exception as error:
+        raise InputError(f"--factory {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise InputError(f"--factory {name} returned {type(module).__name__}, expected a torch.nn.Module")
+    return module
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise InputError(f"{path} is not a safetensors file: {error}") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(_pickle_message(path, error)) from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no state dict")
+    return state
+
+
+def _read_conditions(path: Path | None) -> dict[str, Tensor]:
+    if path is None:
+        return {}
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except Exception as error:
+        raise InputError(f"--cond {path}: not a readable safetensors file: {error}") from None
+    empty = [name for name, value in tensors.items() if value.dim() == 0 or value.shape[0] == 0]
+    if empty:
+        raise InputError(f"--cond {path}: tensor {empty[0]!r} has no rows; expected [N, ...]")
+    return dict(tensors)
+
+
+def _scheduler_beside(path: Path) -> dict[str, Any] | None:
+    candidate = path.parent / "scheduler_config.json"
+    return read_scheduler(candidate) if candidate.exists() else None
+
+
+def _sampler(options: LoadOptions, found: dict[str, Any] | None, steps: int | None) -> SamplerSpec:
+    """The sampler from options first, then from what lay beside the model."""
+    config = read_scheduler(options.scheduler) if options.scheduler is not None else found
+    if config is None:
+        raise InputError(
+            "the sampler is unknown: give a diffusers scheduler configuration with --scheduler scheduler_config.json, for example "
+            '{"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}'
+        )
+    wanted = options.steps or steps
+    spec = SamplerSpec(config, wanted or 1, options.eta)
+    if wanted is None:
+        spec = SamplerSpec(config, min(_DEFAULT_STEPS, int(make_scheduler(spec).config.num_train_timesteps)), options.eta)
+    make_scheduler(spec)  # refuse a bad configuration before any work
+    return spec
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

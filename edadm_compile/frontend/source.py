@@ -1,0 +1,163 @@
+"""A loaded model with everything needed to capture and calibrate it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from edadm_compile.errors import InputError
+from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.passes.trace import export_module, pick_tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to compile.
+
+    Attributes:
+        signature: how it is called.
+        sampler: which sampler it is compiled for.
+        module: the eager model in float32 and eval mode, or None when only a graph exists.
+        exported: an exported program, or None when capture starts from `module`.
+        fixed: keyword arguments passed unchanged on every call.
+        conditions: the user's condition tensors by name, rows to draw calibration conditions from.
+        origin: file name, hash and class, for the artifact.
+    """
+
+    signature: Signature
+    sampler: SamplerSpec
+    module: nn.Module | None = None
+    exported: ExportedProgram | None = None
+    fixed: dict[str, Any] = field(default_factory=dict)
+    conditions: dict[str, Tensor] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def export(self) -> tuple[ExportedProgram, Signature]:
+        """The exported program and the signature with its batch limits."""
+        if self.exported is not None:
+            return self.exported, self.signature
+        assert self.module is not None
+        return export_module(self.module, self.signature, self.fixed)
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        owner = self.module if self.module is not None else self.exported
+        assert owner is not None
+        return sum(p.numel() for p in owner.parameters())
+
+    def parameter_bytes(self) -> int:
+        """Size of the parameters in fp16, the usual way to ship a UNet."""
+        return 2 * self.parameters()
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the model came from."""
+        return {**self.origin, "class": self.signature.source, "parameters": self.parameters()}
+
+    def denoiser(self) -> Any:
+        """The float model as ``(x, t, *conditions) -> noise``.
+
+        Raises:
+            InputError: only an exported graph exists.
+        """
+        module = self.module
+        if module is None:
+            raise InputError("this source has no eager model")
+        names = [spec.name for spec in self.signature.conditions]
+
+        def call(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+            with torch.no_grad():
+                return pick_tensor(module(x, t, **dict(zip(names, conditions, strict=True)), **self.fixed))
+
+        return call
+
+
+def source_from_module(
+    module: nn.Module,
+    sampler: SamplerSpec,
+    *,
+    shape: tuple[int, int, int] | None = None,
+    conditions: dict[str, Tensor] | None = None,
+    num_classes: dict[str, int] | None = None,
+    fixed: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
+) -> Source:
+    """Wrap an eager module called as ``forward(x, t, *conditions)``.
+
+    Args:
+        shape: [C, H, W] of x; inferred from the module's configuration where possible.
+        conditions: example condition tensors [N, ...] by forward parameter name.
+        num_classes: label conditions by name, drawn at random.
+
+    Raises:
+        InputError: something that cannot be inferred was not given.
+    """
+    module = module.float().eval().requires_grad_(False)
+    conditions, num_classes = conditions or {}, num_classes or {}
+    names = _parameters(module, set(conditions) | set(num_classes), set(fixed or {}))
+    shape = shape or _infer_shape(module)
+    output = "sample" if hasattr(module, "config") and type(module).__module__.startswith("diffusers.") else "tensor"
+    inputs = [InputSpec(names[0], shape, torch.float32, "x"), InputSpec(names[1], (), torch.int64, "t")]
+    for name in names[2:]:
+        if name in num_classes:
+            inputs.append(InputSpec(name, (), torch.int64, "cond", num_classes[name]))
+        else:
+            value = conditions[name]
+            inputs.append(InputSpec(name, tuple(value.shape[1:]), value.dtype, "cond"))
+    inputs[1] = _timestep_spec(module, inputs, fixed or {})
+    signature = Signature(tuple(inputs), output, max_batch=1, source=type(module).__name__)
+    return Source(signature, sampler, module, None, fixed or {}, conditions, origin or {})
+
+
+def _parameters(module: nn.Module, given: set[str], fixed: set[str]) -> list[str]:
+    """Forward parameter names to capture: x, t, every required condition, optional ones that have values."""
+    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.KEYWORD_ONLY)]
+    if len(parameters) < 2:
+        raise InputError(f"{type(module).__name__}.forward takes {len(parameters)} argument(s); expected forward(x, t, *conditions)")
+    known = {p.name for p in parameters}
+    unknown = sorted(given - known)
+    if unknown:
+        raise InputError(f"condition {unknown[0]!r} is not a parameter of {type(module).__name__}.forward; it takes {', '.join(p.name for p in parameters)}")
+    names = [p.name for p in parameters[:2]]
+    for p in parameters[2:]:
+        if p.name in given:
+            names.append(p.name)
+        elif p.default is p.empty and p.name not in fixed:
+            raise InputError(
+                f"{type(module).__name__}.forward needs a condition {p.name!r} whose shape cannot be inferred; give example values "
+                f"with --cond FILE.safetensors holding a tensor {p.name!r} [N, ...]"
+            )
+    return names
+
+
+def _infer_shape(module: nn.Module) -> tuple[int, int, int]:
+    config = getattr(module, "config", None)
+    holders = [module, *([config] if config is not None else [])]
+    channels = next((v for h in holders for n in ("in_channels", "channels") if isinstance(v := getattr(h, n, None), int)), None)
+    size = next((v for h in holders for n in ("sample_size", "image_size", "img_resolution", "resolution") if isinstance(v := getattr(h, n, None), (int, tuple, list))), None)
+    if channels is None:
+        first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+        channels = first.in_channels if first is not None else None
+    if channels is None or size is None:
+        raise InputError(f"the input shape of {type(module).__name__} cannot be inferred; give it with --shape C,H,W")
+    height, width = (size, size) if isinstance(size, int) else size
+    return (channels, int(height), int(width))
+
+
+def _timestep_spec(module: nn.Module, inputs: list[InputSpec], fixed: dict[str, Any]) -> InputSpec:
+    """Integer timesteps when the model takes them, else float32: found by calling it once."""
+    problems = []
+    for dtype in (torch.int64, torch.float32):
+        values = [torch.zeros((2, *s.shape), dtype=dtype if s.role == "t" else s.dtype) for s in inputs]
+        try:
+            with torch.no_grad():
+                pick_tensor(module(values[0], values[1], **dict(zip([s.name for s in inputs[2:]], values[2:], strict=True)), **fixed))
+            return InputSpec(inputs[1].name, (), dtype, "t")
+        except Exception as error:  # any failure of foreign code: report it below
+            problems.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    shapes = ", ".join(f"{s.name} {[2, *s.shape]}" for s in inputs)
+    raise InputError(f"{type(module).__name__} cannot be called with {shapes}: {problems[0]}")

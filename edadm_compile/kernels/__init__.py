@@ -1,0 +1,1 @@
+"""Integer kernels. `reference` is the pure-torch truth of every ``edadm::`` operator."""

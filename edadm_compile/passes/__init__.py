@@ -1,0 +1,1 @@
+"""Compiler passes. Their order lives in `edadm_compile.pipeline` and nowhere else."""

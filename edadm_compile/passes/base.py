@@ -1,0 +1,117 @@
+"""What a pass is, and the one function that runs them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from edadm_compile.config import QuantConfig
+from edadm_compile.errors import DialectError
+from edadm_compile.ir.dialects import verify
+from edadm_compile.ir.program import Program
+
+
+class Progress(Protocol):
+    """Receives progress of long work; the command line draws it, the library default ignores it."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """A stage begins; `total` steps will follow if known."""
+
+    def advance(self, steps: int = 1, message: str = "") -> None:
+        """`steps` of the current stage are done; `message` is a short remark such as a loss."""
+
+
+class Silent:
+    """A `Progress` that ignores everything."""
+
+    def stage(self, name: str, total: int | None) -> None:
+        """Ignore."""
+
+    def advance(self, steps: int = 1, message: str = "") -> None:
+        """Ignore."""
+
+
+@dataclass
+class Context:
+    """What passes may use besides the program.
+
+    Attributes:
+        config: the frozen settings.
+        calibration: the calibration set, once collected (see `edadm_compile.calibration.dataset`).
+        progress: where to report.
+        stats: results of finished passes by name.
+    """
+
+    config: QuantConfig
+    calibration: Any = None
+    progress: Progress = field(default_factory=Silent)
+    stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def generator(self, salt: int) -> torch.Generator:
+        """A random generator of its own for one purpose, so that adding a pass does not shift another's draws."""
+        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + salt)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Outcome of a pass: the new program, whether it differs, and numbers worth reporting."""
+
+    program: Program
+    changed: bool
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+class Pass(Protocol):
+    """A program transformation: reads one dialect, writes one dialect."""
+
+    @property
+    def name(self) -> str:
+        """Name in dumps and statistics."""
+
+    @property
+    def reads(self) -> str:
+        """Dialect it accepts."""
+
+    @property
+    def writes(self) -> str:
+        """Dialect it produces."""
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Transform a private copy of the program."""
+
+
+def run_passes(
+    program: Program, passes: Sequence[Pass], ctx: Context, dump: Callable[[str, Program], None] | None = None
+) -> Program:
+    """Run passes in order on private copies, verifying after each.
+
+    Args:
+        dump: called with the pass name and its result, for inspection.
+
+    Raises:
+        DialectError: a pass got a dialect it does not read, or produced an illegal graph.
+    """
+    for item in passes:
+        if program.dialect != item.reads:
+            raise DialectError(f"pass {item.name} reads dialect {item.reads}, got {program.dialect}")
+        start = time.perf_counter()
+        result = item.run(program.fork(), ctx)
+        if result.program.dialect != item.writes:
+            raise DialectError(f"pass {item.name} writes dialect {item.writes}, got {result.program.dialect}")
+        verify(result.program)
+        program = result.program
+        ctx.stats[item.name] = {**result.stats, "changed": result.changed, "seconds": time.perf_counter() - start}
+        if dump is not None:
+            dump(item.name, program)
+    return program
+
+
+def finish(program: Program) -> Program:
+    """Remove dead nodes (inputs stay, they are the signature), check and recompile the graph."""
+    program.graph_module.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program

@@ -1,0 +1,164 @@
+"""Bring the many spellings of one operation to one, so that later passes match a single form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edadm_compile.ir.analysis import constant_target, dependencies, propagate_shapes
+from edadm_compile.ir.ops import op_name
+from edadm_compile.ir.program import Program, get_constant, set_constant
+from edadm_compile.passes import rewrites
+from edadm_compile.passes.base import Context, PassResult, finish
+from edadm_compile.passes.trace import check_ops
+
+aten = torch.ops.aten
+
+_ASSERTS = ("_assert", "sym_constrain", "_guards_fn")
+_IDENTITIES = {
+    "aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default",
+    "aten.lift_fresh_copy.default", "aten.dropout.default",
+}  # fmt: skip
+_CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default"}
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Float graph to canonical float graph.
+
+    1. sub-graph call (grad mode, checkpoint) → its body inlined
+    2. assertions and guards → nothing
+    3. view, _unsafe_view → reshape; sizes that are the batch → -1 or the batch of x
+    4. clone, contiguous, alias, detach, dropout in eval mode, casts to the same type → their input
+    5. operators of constants only → a constant
+    6. conv1d, convolution, conv2d(padding="same") → conv2d; conv_transpose1d → conv_transpose2d
+    7. addmm, mm, matmul with a constant matrix → linear
+    8. batch_norm after a convolution → scaled weight and bias
+    9. x * sigmoid(x) → silu
+    """
+
+    name: str = "canonicalize"
+    reads: str = "float"
+    writes: str = "float"
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Apply the rules in order until the structural ones find nothing more."""
+        graph = program.graph_module.graph
+        before = len(graph.nodes)
+        counts = {"inlined": rewrites.inline_subgraphs(program)}
+        counts["asserts"] = _drop_asserts(graph)
+        _normalise_sizes(program)
+        finish(program)
+        propagate_shapes(program)
+        counts["identities"] = _drop_identities(graph)
+        counts["constants"] = _fold_constants(program)
+        finish(program)
+        propagate_shapes(program)
+        counts["convolutions"] = rewrites.unify_convolutions(program)
+        counts["linears"] = rewrites.unify_linears(program)
+        counts["batch_norms"] = rewrites.fold_batch_norm(program)
+        counts["swish"] = rewrites.match_swish(graph)
+        _fold_constants(program)
+        finish(program)
+        check_ops(program)
+        propagate_shapes(program)
+        return PassResult(program, len(graph.nodes) != before, counts)
+
+
+def _drop_asserts(graph: fx.Graph) -> int:
+    dead = [n for n in graph.nodes if n.op == "call_function" and any(a in op_name(n.target) for a in _ASSERTS)]
+    for node in dead:
+        graph.erase_node(node)
+    return len(dead)
+
+
+def _normalise_sizes(program: Program) -> None:
+    """Rule 3. Exported symbolic sizes all derive from the batch; only the batch of x is kept as a number."""
+    graph = program.graph_module.graph
+    x = next(n for n in graph.nodes if n.op == "placeholder")
+    batch = str(x.meta["val"].shape[0]) if isinstance(x.meta.get("val"), Tensor) else ""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = op_name(node.target)
+        if name in ("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"):
+            sizes = node.args[1]
+            symbolic = [i for i, size in enumerate(sizes) if isinstance(size, fx.Node)]
+            if len(symbolic) == 1 and -1 not in sizes:
+                sizes = [-1 if i == symbolic[0] else size for i, size in enumerate(sizes)]
+            node.target, node.args = aten.reshape.default, (node.args[0], list(sizes))
+        elif name == "aten.sym_size.int" and node.args[0] is not x and str(node.meta.get("val")) == batch:
+            node.args = (x, 0)
+
+
+def _drop_identities(graph: fx.Graph) -> int:
+    count = 0
+    for node in list(graph.nodes):
+        name = op_name(node.target) if node.op == "call_function" else ""
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            continue
+        same_type = node.meta.get("dtype") is not None and node.meta.get("dtype") == source.meta.get("dtype")
+        same_shape = node.meta.get("shape") == source.meta.get("shape")
+        inert_dropout = name != "aten.dropout.default" or node.args[2] is False
+        if (name in _IDENTITIES and inert_dropout) or (name in _CASTS and same_type) or (name == "aten.expand.default" and same_shape and same_type):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _fold_constants(program: Program) -> int:
+    """Rule 5: evaluate nodes that depend on no input, and keep the frontier as constants.
+
+    The new constant takes the name of the only constant it came from plus ``_folded``, so that a layer whose
+    weight is computed from a parameter (weight standardisation, a transpose) keeps its name.
+    """
+    graph = program.graph_module.graph
+    deps = dependencies(graph)
+    values: dict[fx.Node, Any] = {}
+    count = 0
+    for node in list(graph.nodes):
+        if deps[node] or node.op == "output":
+            continue
+        if node.op == "get_attr":
+            values[node] = get_constant(program.graph_module, str(node.target))
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        with torch.no_grad():
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    for node, value in values.items():
+        if node.op != "get_attr" and isinstance(value, Tensor) and any(deps[user] or user.op == "output" for user in node.users):
+            _install(program, node, value)
+            count += 1
+    return count
+
+
+def _install(program: Program, node: fx.Node, value: Tensor) -> None:
+    graph = program.graph_module.graph
+    origins = {t for t in map(constant_target, _ancestors(node)) if t}
+    base = f"{origins.pop()}_folded" if len(origins) == 1 else f"constants.{node.name}"
+    taken = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    name, serial = base, 1
+    while name in taken:
+        serial += 1
+        name = f"{base}{serial}"
+    set_constant(program.graph_module, name, value.contiguous())
+    with graph.inserting_before(node):
+        constant = graph.get_attr(name)
+    constant.meta = dict(node.meta)
+    node.replace_all_uses_with(constant)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return seen

@@ -1,0 +1,80 @@
+"""Add the mean error of each sampler step back to the predicted noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from edadm_compile.ir.program import Program, TimeTables
+from edadm_compile.passes.base import Context, PassResult, finish
+
+aten = torch.ops.aten
+_CHUNK = 64
+#: Graph input that carries the correction.
+INPUT = "time_correction"
+
+
+@dataclass(frozen=True)
+class MeanCorrection:
+    """fake_quant graph to fake_quant graph.
+
+    1. output → output + time_correction[:, :, None, None], a table of E[eps_float - eps_quantized] per sampler step and
+       channel, measured on the float model's calibration trajectories (other timesteps: interpolated)
+
+    A small systematic error of the early steps is multiplied by up to 1 / sqrt(alpha_bar) on its way to the image.
+    """
+
+    name: str = "mean_correction"
+    reads: str = "fake_quant"
+    writes: str = "fake_quant"
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Measure, then add the table and its addition."""
+        trajectories = ctx.calibration.trajectories
+        keys, order = trajectories.t.double().unique(return_inverse=True)
+        fixed = program.signature.min_batch == program.signature.max_batch
+        if ctx.config.is_baseline or not ctx.config.mean_correction or trajectories.prediction.dim() != 5:
+            return PassResult(program, False)
+        rows = torch.zeros(keys.numel(), trajectories.prediction.shape[2], dtype=torch.float64)
+        visits = torch.bincount(order, minlength=keys.numel())
+        ctx.progress.stage("mean correction", trajectories.t.numel())
+        limit = program.signature.max_batch if fixed else min(_CHUNK, program.signature.max_batch)
+        for step, row in enumerate(order.tolist()):
+            error = trajectories.prediction[step] - _predict(program, trajectories, step, limit)
+            rows[row] += error.double().mean(dim=(0, 2, 3)) / visits[row]
+            ctx.progress.advance(1)
+        program = _add_table(program, keys, rows.float())
+        return PassResult(program, True, {"largest": float(rows.abs().max())})
+
+
+def _predict(program: Program, trajectories: object, step: int, limit: int) -> Tensor:
+    x = trajectories.x[step]  # type: ignore[attr-defined]
+    t = trajectories.t[step].expand(x.shape[0])  # type: ignore[attr-defined]
+    with torch.no_grad():
+        parts = zip(*(v.split(limit) for v in (x, t, *trajectories.conditions)), strict=True)  # type: ignore[attr-defined]
+        return torch.cat([program(*part) for part in parts])
+
+
+def _add_table(program: Program, keys: Tensor, rows: Tensor) -> Program:
+    graph = program.graph_module.graph
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        value = graph.placeholder(INPUT)
+    value.meta = {"shape": (2, rows.shape[1]), "dtype": torch.float32, "batched": True}
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        column = graph.call_function(aten.reshape.default, (value, [-1, rows.shape[1], 1, 1]))
+        total = graph.call_function(aten.add.Tensor, (output.args[0], column))
+    output.args = (total,)
+    return finish(replace(program, time=merge_table(program.time, keys, rows)))
+
+
+def merge_table(time: TimeTables | None, keys: Tensor, rows: Tensor) -> TimeTables:
+    """Add an interpolated table to the tables; a table that holds every timestep gets it filled in."""
+    if time is None:
+        return TimeTables(keys, {INPUT: rows})
+    if time.keys.numel() != keys.numel() or not bool((time.keys == keys).all()):
+        rows = TimeTables(keys, {INPUT: rows}).lookup(time.keys)[INPUT]
+    return replace(time, tables={**time.tables, INPUT: rows})

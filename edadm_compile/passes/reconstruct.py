@@ -1,0 +1,178 @@
+"""Fine-grained block reconstruction (FBR), arXiv 2401.04585 section 3.3, over units found from the graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from edadm_compile.config import ReconstructionConfig
+from edadm_compile.ir.analysis import layer_weight
+from edadm_compile.ir.program import Program
+from edadm_compile.ir.subgraph import Unit, find_units
+from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.streams import Streams, run_nodes
+from edadm_compile.quant.fake_quant import ActFakeQuant, MaskPool, WeightFakeQuant
+
+#: Rounding of wide weights moves less: their learning rate is this fraction of ``lr_weight``.
+_WIDE_FACTOR = 0.4
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """fake_quant graph to fake_quant graph; learns roundings and activation scales, changes no node.
+
+    1. unit with round-to-nearest codes and searched scales → learned codes and scales that minimise
+       ``L = |y - y*|² / |y*|² + lambda * sum_j |o_j - o_j*|² / |o_j*|²``
+
+    y is the unit's output, o_j the outputs of its inner layers, * the float model's. Inputs are those the already
+    quantized prefix produces. The float and the quantized model advance through the graph together, unit by unit,
+    so no prefix is ever computed twice.
+    """
+
+    name: str = "reconstruct"
+    reads: str = "fake_quant"
+    writes: str = "fake_quant"
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Reconstruct every unit in execution order."""
+        config = ctx.config.reconstruction
+        if config.iters == 0 or ctx.config.is_baseline:
+            return PassResult(program, False, {"units": []})
+        units = find_units(program, config.max_layers)
+        streams = Streams(program, units, ctx.calibration.inputs)
+        ctx.progress.stage("reconstruct", len(units) * config.iters)
+        reports: list[dict[str, Any]] = []
+
+        def train(unit: Unit) -> None:
+            number = len(reports)
+            trainer = _Trainer(program, unit, streams, config, ctx.generator(100 + number))
+            label = f"block {number + 1}/{len(units)} {unit.name}"
+            reports.append({"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers)} | trainer.run(ctx, label))
+
+        streams.advance(train)
+        return PassResult(program, True, {"units": reports})
+
+
+class _Trainer:
+    """Optimises one unit."""
+
+    def __init__(
+        self, program: Program, unit: Unit, streams: Streams, config: ReconstructionConfig, generator: torch.Generator
+    ) -> None:
+        self.program, self.unit, self.config, self.generator = program, unit, config, generator
+        self.closure = streams.closure(unit)
+        self.inputs = streams.stored_inputs(self.closure)
+        self.float_in = {n: streams.float_values[n] for n in self.inputs}
+        self.quant_in = {n: streams.quant_values[n] for n in self.inputs}
+        self.watched = [n for n in unit.layers if n is not unit.output]
+        if config.layer_loss_weight == 0:
+            self.watched = []
+        self.targets = streams.float_targets(self.closure, [unit.output, *self.watched])
+        self.energy = {n: v.square().mean().clamp(min=1e-12) for n, v in self.targets.items()}
+        self.weights = [(n, self._quantizer(n.args[1]), layer_weight(program, n)) for n in unit.layers]
+        modules = [self._module(n) for n in self.closure if n.op == "call_module"]
+        self.activations = [m for m in modules if isinstance(m, ActFakeQuant)]
+
+    def _module(self, node: fx.Node) -> nn.Module:
+        return self.program.graph_module.get_submodule(str(node.target))
+
+    def _quantizer(self, node: Any) -> WeightFakeQuant:
+        module = self._module(node)
+        assert isinstance(module, WeightFakeQuant)
+        return module
+
+    def run(self, ctx: Context, label: str) -> dict[str, Any]:
+        """Train, fix the roundings, and return losses before and after."""
+        config = self.config
+        before = self._mean_loss()
+        optimizer = torch.optim.Adam(self._parameter_groups())
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters)
+        self._set_drop(True)
+        every = max(1, config.iters // 20)
+        for step in range(config.iters):
+            optimizer.zero_grad(set_to_none=True)
+            loss = self._loss(self._rows()) + self._regulariser(step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            if (step + 1) % every == 0 or step + 1 == config.iters:
+                done = every if (step + 1) % every == 0 else config.iters % every
+                ctx.progress.advance(done, f"{label} loss {float(loss.detach()):.2e}")
+        self._finish()
+        return {"before": before, "after": self._mean_loss()}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        narrow, wide = [], []
+        for _, quantizer, weight in self.weights:
+            alpha = quantizer.start_rounding(weight)
+            (narrow if quantizer.spec.bits <= 4 else wide).append(alpha)
+        scales = []
+        for activation in self.activations:
+            if activation.enabled and activation.spec.bits < 16:
+                activation.log_scale.requires_grad_(True)
+                scales.append(activation.log_scale)
+        rates = ((narrow, self.config.lr_weight), (wide, self.config.lr_weight * _WIDE_FACTOR), (scales, self.config.lr_scale))
+        return [{"params": params, "lr": lr} for params, lr in rates if params]
+
+    def _rows(self) -> Tensor:
+        total = next(iter(self.targets.values())).shape[0]
+        size = self.config.batch
+        lowest = self.program.signature.min_batch
+        size = lowest if lowest == self.program.signature.max_batch else min(size, self.program.signature.max_batch)
+        return torch.randint(0, total, (size,), generator=self.generator)
+
+    def _loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
+        values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
+        run_nodes(self.program.graph_module, self.closure, values)
+        out = self.unit.output
+        loss = (values[out] - self.targets[out][rows]).square().mean() / self.energy[out]
+        for node in self.watched:
+            part = (values[node] - self.targets[node][rows]).square().mean() / self.energy[node]
+            loss = loss + self.config.layer_loss_weight * part
+        return loss
+
+    def _input(self, node: fx.Node, rows: Tensor, mix: bool) -> Tensor:
+        quantized = self.quant_in[node][rows]
+        if not mix or self.config.qdrop == 0 or not quantized.is_floating_point():
+            return quantized
+        return torch.where(self.pool.take(quantized.shape), self.float_in[node][rows], quantized)
+
+    def _set_drop(self, on: bool) -> None:
+        active = on and self.config.qdrop > 0
+        self.pool = MaskPool(self.config.qdrop, self.generator)
+        for activation in self.activations:
+            activation.drop = self.pool if active else None
+
+    def _regulariser(self, step: int) -> Tensor | float:
+        """AdaRound's ``sum(1 - |2 h - 1|^b)``, b annealed from 20 to 2 after a warm-up of a fifth, per weight."""
+        if self.config.rounding_weight == 0 or step < 0.2 * self.config.iters:
+            return 0.0
+        fraction = (step / self.config.iters - 0.2) / 0.8
+        b = 2 + 18 * (1 - fraction)
+        total = sum((1 - (2 * q.soft_rounding() - 1).abs().pow(b)).mean() for _, q, _ in self.weights)
+        return self.config.rounding_weight * total
+
+    def _finish(self) -> None:
+        self._set_drop(False)
+        for _, quantizer, weight in self.weights:
+            quantizer.finish_rounding(weight)
+        for activation in self.activations:
+            activation.log_scale.requires_grad_(False)
+
+    def _mean_loss(self) -> float:
+        """Block loss (normalised error of the output) over the first 128 samples, hard roundings."""
+        total = next(iter(self.targets.values())).shape[0]
+        limit = self.program.signature.max_batch
+        fixed = self.program.signature.min_batch == limit
+        parts = [r for r in torch.arange(min(128, total)).split(limit if fixed else min(64, limit)) if not fixed or r.numel() == limit]
+        out = self.unit.output
+        errors = []
+        with torch.no_grad():
+            for rows in parts:
+                values: dict[fx.Node, Any] = {n: self.quant_in[n][rows] for n in self.inputs}
+                run_nodes(self.program.graph_module, self.closure, values)
+                errors.append((values[out] - self.targets[out][rows]).square().mean() / self.energy[out])
+        return float(torch.stack(errors).mean())

@@ -1,0 +1,151 @@
+"""The float and the quantized model advance through a graph side by side over the whole calibration set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edadm_compile.ir.analysis import is_batched
+from edadm_compile.ir.program import Program, get_constant
+from edadm_compile.ir.subgraph import Unit
+from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
+
+_CHUNK = 64
+
+
+def run_nodes(module: fx.GraphModule, nodes: Iterable[fx.Node], values: dict[fx.Node, Any]) -> None:
+    """Evaluate `nodes` in order into `values`, which already holds what they read from outside."""
+    for node in nodes:
+        if node in values:
+            continue
+        if node.op == "get_attr":
+            values[node] = get_constant(module, str(node.target))
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        values[node] = target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def float_mode(program: Program) -> Iterator[None]:
+    """Switch every quantizer off, and back to what it was."""
+    quantizers = [m for m in program.graph_module.modules() if isinstance(m, (ActFakeQuant, WeightFakeQuant))]
+    states = [m.enabled for m in quantizers]
+    try:
+        for module in quantizers:
+            module.enabled = False
+        yield
+    finally:
+        for module, state in zip(quantizers, states, strict=True):
+            module.enabled = state
+
+
+class Streams:
+    """Values of the float and of the quantized model at the current position of the graph, for all samples.
+
+    Attributes:
+        float_values, quant_values: node -> [N, ...] for every node that a later step still reads.
+    """
+
+    def __init__(self, program: Program, units: Sequence[Unit], inputs: Sequence[Tensor]) -> None:
+        self.program = program
+        self._module = program.graph_module
+        signature = program.signature
+        self._fixed = signature.min_batch == signature.max_batch
+        self._chunk = signature.max_batch if self._fixed else min(_CHUNK, signature.max_batch)
+        self._position = {n: i for i, n in enumerate(self._module.graph.nodes)}
+        inputs = [self._fill(v) for v in inputs]
+        self.total = inputs[0].shape[0]
+        arguments = self._graph_inputs(inputs)
+        names = [n for n in self._module.graph.nodes if n.op == "placeholder"]
+        self.float_values: dict[fx.Node, Tensor] = dict(zip(names, arguments, strict=True))
+        self.quant_values: dict[fx.Node, Tensor] = dict(self.float_values)
+        self._steps = self._schedule(units)
+        self._last_use = self._last_uses()
+
+    def _fill(self, value: Tensor) -> Tensor:
+        """With a fixed batch, repeat rows until the set is a whole number of batches."""
+        if not self._fixed or value.shape[0] % self._chunk == 0:
+            return value
+        need = -(-value.shape[0] // self._chunk) * self._chunk
+        return value.repeat(-(-need // value.shape[0]), *[1] * (value.dim() - 1))[:need]
+
+    def _graph_inputs(self, inputs: list[Tensor]) -> list[Tensor]:
+        pieces = [self.program.graph_inputs(list(p)) for p in zip(*(v.split(self._chunk) for v in inputs), strict=True)]
+        return [torch.cat(column) for column in zip(*pieces, strict=True)]
+
+    def _schedule(self, units: Sequence[Unit]) -> list[Unit | fx.Node]:
+        """Units at the position of their outputs, every other stored node at its own."""
+        owned = {n for unit in units for n in unit.nodes}
+        steps: list[Unit | fx.Node] = list(units)
+        output = self._module.graph.output_node()
+        for node in self._module.graph.nodes:
+            if node not in owned and node is not output and self._stored(node) and node.op != "placeholder":
+                steps.append(node)
+        return sorted(steps, key=lambda s: self._position[s.output if isinstance(s, Unit) else s])
+
+    @staticmethod
+    def _stored(node: fx.Node) -> bool:
+        """Whether a node's value is kept per sample; constants, sizes and reshaped batches are recomputed by readers."""
+        return node.op != "get_attr" and is_batched(node)
+
+    def closure(self, step: Unit | fx.Node) -> list[fx.Node]:
+        """The nodes to run for a step: its own and the unstored ones they need."""
+        nodes = set(step.nodes) if isinstance(step, Unit) else {step}
+        stack = list(nodes)
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source not in nodes and not self._stored(source):
+                    nodes.add(source)
+                    stack.append(source)
+        return sorted(nodes, key=self._position.__getitem__)
+
+    def stored_inputs(self, closure: Sequence[fx.Node]) -> list[fx.Node]:
+        """Stored nodes that a closure reads."""
+        inside = set(closure)
+        return list(dict.fromkeys(n for node in closure for n in node.all_input_nodes if n not in inside))
+
+    def _last_uses(self) -> dict[fx.Node, int]:
+        last: dict[fx.Node, int] = {}
+        for number, step in enumerate(self._steps):
+            for node in self.stored_inputs(self.closure(step)):
+                last[node] = number
+        for node in self._module.graph.output_node().all_input_nodes:
+            last[node] = len(self._steps)
+        return last
+
+    def advance(self, train: Callable[[Unit], None]) -> None:
+        """Walk the graph: train each unit when its inputs are there, then push all samples through."""
+        for number, step in enumerate(self._steps):
+            closure = self.closure(step)
+            output = step.output if isinstance(step, Unit) else step
+            with float_mode(self.program):
+                result = self.run(closure, self.float_values, [output])[output]
+            if isinstance(step, Unit):
+                train(step)
+            self.quant_values[output] = self.run(closure, self.quant_values, [output])[output]
+            self.float_values[output] = result
+            for node in [n for n in self.float_values if self._last_use.get(n, -1) <= number]:
+                del self.float_values[node], self.quant_values[node]
+
+    def float_targets(self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
+        """Float values [N, ...] of nodes inside a closure."""
+        with float_mode(self.program):
+            return self.run(closure, self.float_values, wanted)
+
+    def run(self, closure: Sequence[fx.Node], stored: dict[fx.Node, Tensor], wanted: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
+        """Run a closure over all samples in chunks; returns the wanted values joined."""
+        inputs = self.stored_inputs(closure)
+        parts: dict[fx.Node, list[Tensor]] = {n: [] for n in wanted}
+        with torch.no_grad():
+            for rows in torch.arange(self.total).split(self._chunk):
+                window = slice(int(rows[0]), int(rows[-1]) + 1)
+                values: dict[fx.Node, Any] = {n: stored[n][window] for n in inputs}
+                run_nodes(self._module, closure, values)
+                for node in wanted:
+                    parts[node].append(values[node])
+        return {n: torch.cat(p) for n, p in parts.items()}

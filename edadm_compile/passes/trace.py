@@ -1,0 +1,244 @@
+"""Capture: an eager module or an exported program in, a float program out.
+
+Not a `Pass` (its input is not a program); `pipeline` calls it first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from edadm_compile.errors import CaptureError
+from edadm_compile.ir.dialects import illegal_ops
+from edadm_compile.ir.program import Program, SamplerSpec, Signature
+
+#: Largest batch tried when capturing with a free batch dimension.
+MAX_BATCH = 1024
+_LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
+
+
+class CallAdapter(nn.Module):
+    """Calls a model the canonical way, ``(x, t, *conditions)``, and returns the predicted-noise tensor.
+
+    Args:
+        model: the source module.
+        names: forward parameter names of the conditions; x and t are passed by position.
+        fixed: further keyword arguments passed as they are (for example ``return_dict=False``).
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], fixed: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._names = tuple(names)
+        self._fixed = dict(fixed or {})
+
+    def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """x [B, ...], t [B], conditions [B, ...] to the prediction [B, ...]."""
+        result = self.model(x, t, **dict(zip(self._names, conditions, strict=True)), **self._fixed)
+        return pick_tensor(result)
+
+
+def pick_tensor(result: Any) -> Tensor:
+    """The prediction in whatever a model returned: a tensor, ``.sample``, or the first of a tuple."""
+    if isinstance(result, Tensor):
+        return result
+    if hasattr(result, "sample"):
+        return pick_tensor(result.sample)
+    if isinstance(result, (tuple, list)) and result:
+        return pick_tensor(result[0])
+    raise CaptureError(f"the model returned {type(result).__name__}; expected a tensor, a tuple, or an object with .sample")
+
+
+def export_module(model: nn.Module, signature: Signature, fixed: dict[str, Any]) -> tuple[ExportedProgram, Signature]:
+    """Capture an eager module with torch.export, with a free batch dimension where the model allows it.
+
+    Raises:
+        CaptureError: the model cannot be captured; the message quotes torch's reason.
+    """
+    adapter = CallAdapter(model, [spec.name for spec in signature.conditions], fixed).eval()
+    inputs = tuple(torch.zeros((2, *spec.shape), dtype=spec.dtype) for spec in signature.inputs)
+    largest = MAX_BATCH
+    reason = ""
+    for _ in range(3):
+        batch = Dim("batch", min=1, max=largest)
+        # *conditions is one variadic parameter: its dynamic shapes are one tuple.
+        shapes = ({0: batch}, {0: batch}, tuple({0: batch} for _ in signature.conditions))
+        try:
+            with torch.no_grad():
+                program = torch.export.export(adapter, inputs, dynamic_shapes=shapes, strict=False)
+            return program, replace(signature, max_batch=largest)
+        except Exception as error:  # torch.export raises many types; all mean "not this way"
+            reason = str(error)
+            bound = re.search(r"max\s*=\s*(\d+)", reason)
+            if bound is None or int(bound.group(1)) >= largest:
+                break
+            largest = int(bound.group(1))
+    return _export_fixed(adapter, inputs, signature, reason)
+
+
+def _export_fixed(
+    adapter: nn.Module, inputs: tuple[Tensor, ...], signature: Signature, reason: str
+) -> tuple[ExportedProgram, Signature]:
+    """Fall back to the batch of the example inputs; the signature says so and the engine pads and slices."""
+    batch = inputs[0].shape[0]
+    try:
+        with torch.no_grad():
+            program = torch.export.export(adapter, inputs, strict=False)
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export cannot capture {signature.source or 'the model'}: {_first_lines(str(error))}. "
+            f"Export it yourself with torch.export.export and pass the .pt2 file to see the full report"
+        ) from error
+    source = f"{signature.source} [batch fixed at {batch}: {_first_lines(reason)}]"
+    return program, replace(signature, max_batch=batch, min_batch=batch, source=source)
+
+
+def _first_lines(text: str, limit: int = 300) -> str:
+    return " ".join(text.split())[:limit]
+
+
+def trace(
+    exported: ExportedProgram, signature: Signature, sampler: SamplerSpec, model: nn.Module | None = None
+) -> Program:
+    """Turn an exported program into a float program with plain inputs and one tensor output.
+
+    Args:
+        exported: from `export_module` or the user's ``.pt2`` file.
+        model: the eager source, to check that no parameterised layer escaped the graph.
+
+    Raises:
+        CaptureError: a layer is hidden from the graph.
+    """
+    with torch.no_grad():
+        functional = exported.run_decompositions({})  # an empty table: functionalise, decompose nothing
+    module = functional.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    _plain_calling_convention(module, signature)
+    _strip_adapter(module)
+    program = Program(module, "float", signature, sampler)
+    if model is not None:
+        check_coverage(module, model, signature)
+    return program
+
+
+def _plain_calling_convention(module: fx.GraphModule, signature: Signature) -> None:
+    """Drop pytree handling and guards, name the inputs after the signature, return one tensor."""
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    for node in list(graph.nodes):
+        if node.op == "call_module" and str(node.target) == "_guards_fn":
+            graph.erase_node(node)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != len(signature.inputs):
+        raise CaptureError(
+            f"the captured graph has {len(inputs)} inputs ({', '.join(n.name for n in inputs)}), "
+            f"expected {len(signature.inputs)} ({', '.join(s.name for s in signature.inputs)})"
+        )
+    for node, spec in zip(inputs, signature.inputs, strict=True):
+        node.target = spec.name
+        node.args = ()
+    output = graph.output_node()
+    value = output.args[0]
+    while isinstance(value, (tuple, list)):
+        value = value[0]
+    output.args = (value,)
+
+
+def _strip_adapter(module: fx.GraphModule) -> None:
+    """Undo the ``model.`` prefix of `CallAdapter`, and record each node's module path as plain strings."""
+    prefix = "model."
+    targets = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
+    wrapped = bool(targets) and isinstance(getattr(module, "model", None), nn.Module) and all(
+        t.startswith(prefix) or "." not in t for t in targets
+    )
+    for node in module.graph.nodes:
+        if wrapped and node.op == "get_attr" and str(node.target).startswith(prefix):
+            node.target = str(node.target)[len(prefix):]  # fmt: skip
+        stack = node.meta.get("nn_module_stack") or {}
+        paths = [str(entry[0]) for entry in stack.values()]
+        if wrapped:
+            paths = [p.removeprefix("model").removeprefix(".") for p in paths]
+        node.meta = {"scope": tuple(p for p in paths if p), "val": node.meta.get("val")}
+    if wrapped:
+        inner = module.model
+        assert isinstance(inner, nn.Module)
+        for name, child in list(inner._modules.items()):
+            module._modules[name] = child
+        module._parameters.update(inner._parameters)
+        module._buffers.update(inner._buffers)
+
+
+def check_coverage(module: fx.GraphModule, model: nn.Module, signature: Signature) -> None:
+    """Refuse a graph that misses a layer which the eager model runs.
+
+    A layer that runs in neither (an unused parameter in a checkpoint) is fine.
+
+    Raises:
+        CaptureError: naming the missing layers.
+    """
+    reached = {str(n.target) for n in _all_nodes(module) if n.op == "get_attr"}
+    missing = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, _LAYER_TYPES) and not any(f"{name}.{p}".lstrip(".") in reached for p in ("weight", "parametrizations.weight.original0", "parametrizations.weight.original1", "parametrizations.weight.original", "weight_v", "weight_orig"))
+    }
+    if not missing:
+        return
+    ran = _run_and_watch(model, missing, signature)
+    if ran:
+        raise CaptureError(
+            f"{len(ran)} layer(s) run in the model but are hidden from the captured graph: {', '.join(sorted(ran)[:5])}. "
+            "A checkpoint wrapper or custom autograd function usually hides them; disable it "
+            "(use_checkpoint=False) or export under torch.no_grad()"
+        )
+
+
+def _all_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    nodes = list(module.graph.nodes)
+    prefix_free = [n for n in nodes]
+    for child in module.children():
+        if isinstance(child, fx.GraphModule):
+            prefix_free += _all_nodes(child)
+    return prefix_free
+
+
+def _run_and_watch(model: nn.Module, watched: dict[str, nn.Module], signature: Signature) -> set[str]:
+    ran: set[str] = set()
+    handles = [
+        m.register_forward_hook(lambda *_args, name=name: ran.add(name)) for name, m in watched.items()
+    ]
+    try:
+        inputs = [torch.zeros((1, *spec.shape), dtype=spec.dtype) for spec in signature.inputs]
+        names = [spec.name for spec in signature.conditions]
+        with torch.no_grad():
+            model(inputs[0], inputs[1], **dict(zip(names, inputs[2:], strict=True)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran
+
+
+def check_ops(program: Program) -> None:
+    """Refuse operators outside the closed table, after canonicalization has removed what it can.
+
+    Raises:
+        CaptureError: naming the operators and where they come from in the source model.
+    """
+    names = illegal_ops(program.graph_module.graph, "float")
+    if names:
+        places = [
+            f"{name} (in {node.meta.get('scope', ('?',))[-1:] or ('the top level',)})"
+            for name in names
+            for node in program.graph_module.graph.nodes
+            if str(node.target) == name
+        ]
+        raise CaptureError(
+            f"operator(s) outside the supported table: {', '.join(places[:5]) or ', '.join(names[:5])}. "
+            "The table is edadm_compile/ir/ops.py; rewrite the model without them or add a pure ATen operator there"
+        )

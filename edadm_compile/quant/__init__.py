@@ -1,0 +1,1 @@
+"""Pure quantization numerics on torch tensors; imports nothing else of the package but its errors."""

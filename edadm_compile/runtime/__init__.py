@@ -1,0 +1,1 @@
+"""Loading and running compiled programs. Imports neither passes, calibration nor export."""

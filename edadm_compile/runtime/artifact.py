@@ -1,0 +1,237 @@
+"""The ``.qmod`` file: one safetensors file, tensors beside a JSON manifest (docs/qmod_format.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from edadm_compile.errors import ArtifactError, EdadmError
+from edadm_compile.ir.analysis import propagate_shapes
+from edadm_compile.ir.dialects import verify
+from edadm_compile.ir.program import InputSpec, Program, SamplerSpec, Signature, TimeTables, get_constant, placeholders
+from edadm_compile.runtime.program_json import graph_from_json, graph_to_json
+
+FORMAT = "edadm.qmod/1"
+_KEY = "edadm"
+_PATH_DIALECT = "float"
+#: A header larger than this is refused before it is parsed.
+MAX_HEADER = 64 << 20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a ``.qmod`` file holds.
+
+    Attributes:
+        qdq: engine-neutral program; the source that everything else can be rebuilt from.
+        lowered: program of integer operators.
+        manifest: configuration, provenance, quality and versions.
+    """
+
+    qdq: Program
+    lowered: Program
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def to_bytes(artifact: Artifact) -> bytes:
+    """Serialise deterministically: the same artifact gives the same bytes."""
+    tensors: dict[str, Tensor] = {}
+    programs = {}
+    for program in (artifact.qdq, artifact.lowered):
+        _collect(program.graph_module, tensors)
+        programs[program.dialect] = graph_to_json(program.graph_module.graph)
+    time = artifact.lowered.time
+    manifest = {
+        **artifact.manifest,
+        "format": FORMAT,
+        "signature": _signature_json(artifact.lowered.signature),
+        "sampler": vars(artifact.lowered.sampler),
+        "notes": list(artifact.lowered.notes),
+        "programs": programs,
+        "time": None if time is None else _time_json(time, tensors),
+    }
+    stored = {name: _shrink(value) for name, value in sorted(tensors.items())}
+    manifest["tensors"] = {
+        name: [_dtype(tensors[name]), _dtype(value), list(value.shape), digest(value)] for name, value in stored.items()
+    }
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    # One metadata entry only: safetensors writes several in no fixed order.
+    checked = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    return save(stored, metadata={_KEY: checked})
+
+
+def write(artifact: Artifact, path: Path) -> int:
+    """Write atomically (temporary file, fsync, rename); returns the size in bytes.
+
+    Raises:
+        ArtifactError: the file cannot be written; an older file of that name is untouched.
+    """
+    data = to_bytes(artifact)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(data)
+
+
+def read(path: Path) -> Artifact:
+    """Read and check a file.
+
+    Raises:
+        ArtifactError: missing, truncated, altered, foreign, or of another version.
+    """
+    manifest = read_manifest(path)
+    tensors = _Tensors(path, manifest.get("tensors"))
+    try:
+        signature = _signature_from(manifest["signature"])
+        sampler = SamplerSpec(**manifest["sampler"])
+        time = _time_from(manifest["time"], tensors)
+        programs = []
+        for dialect in ("qdq", "lowered"):
+            module = graph_from_json(manifest["programs"][dialect], tensors, dialect)
+            program = Program(module, dialect, signature, sampler, time, tuple(manifest["notes"]))
+            verify(program)
+            programs.append(program)
+        propagate_shapes(programs[1])
+    except ArtifactError:
+        raise
+    except EdadmError as error:
+        raise ArtifactError(f"{path}: inconsistent program: {error}") from error
+    except Exception as error:  # the manifest passed its checksum: whoever wrote it did so wrongly
+        raise ArtifactError(f"{path}: malformed manifest ({type(error).__name__}: {str(error)[:200]})") from error
+    kept = {k: v for k, v in manifest.items() if k not in ("programs", "tensors", "signature", "time", "notes", "sampler")}
+    return Artifact(programs[0], programs[1], kept)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest alone, checked against its digest.
+
+    Raises:
+        ArtifactError: as `read`.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
+    if size < 8 or header > min(size - 8, MAX_HEADER):
+        raise ArtifactError(f"{path} is not a .qmod file, or is truncated: header of {header} bytes in a file of {size}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not a .qmod file, or is truncated or damaged: {error}") from None
+    if _KEY not in metadata:
+        raise ArtifactError(f"{path} is a safetensors file without an edadm manifest: not made by edadm-compile")
+    sha, _, text = metadata[_KEY].partition("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != sha:
+        raise ArtifactError(f"{path} is damaged: the manifest does not match its checksum")
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT!r}; recompile the model")
+    return manifest
+
+
+class _Tensors:
+    """Constants of a file by name, each checked against its digest when first read."""
+
+    def __init__(self, path: Path, table: Any) -> None:
+        self._path, self._cache = path, dict[str, Tensor]()
+        if not isinstance(table, dict):
+            raise ArtifactError(f"{path}: manifest has no tensor table")
+        self._table = table
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(table):
+                odd = sorted(names ^ set(table))[0]
+                raise ArtifactError(f"{path}: tensors and manifest disagree about {odd!r}")
+            for name in sorted(names):
+                self._cache[name] = self._load(file, name)
+
+    def _load(self, file: Any, name: str) -> Tensor:
+        dtype, stored, shape, sha = self._table[name]
+        value: Tensor = file.get_tensor(name)
+        if _dtype(value) != stored or list(value.shape) != shape or digest(value) != sha:
+            raise ArtifactError(f"{self._path} is damaged: tensor {name!r} does not match its checksum")
+        return value.float() if dtype == "float32" else value
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._cache:
+            raise ArtifactError(f"{self._path}: the program needs a tensor {name!r} that the file does not have")
+        return self._cache[name]
+
+
+def _shrink(value: Tensor) -> Tensor:
+    """float32 stored as float16 where that loses nothing (weights of checkpoints trained or shipped in fp16)."""
+    value = value.contiguous()
+    if value.dtype == torch.float32 and value.numel() > 1 and bool((value.half().float() == value).all()):
+        return value.half()
+    return value
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def digest(value: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _collect(module: torch.fx.GraphModule, tensors: dict[str, Tensor]) -> None:
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            tensors[str(node.target)] = get_constant(module, str(node.target))
+
+
+def _signature_json(signature: Signature) -> dict[str, Any]:
+    inputs = [{**vars(s), "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in signature.inputs]
+    return {**vars(signature), "inputs": inputs}
+
+
+def _signature_from(value: dict[str, Any]) -> Signature:
+    inputs = tuple(InputSpec(**{**v, "dtype": getattr(torch, v["dtype"]), "shape": tuple(int(s) for s in v["shape"])}) for v in value["inputs"])
+    if any(math.prod(s.shape) > 1 << 28 or not isinstance(s.dtype, torch.dtype) for s in inputs):
+        raise ArtifactError("signature: absurd input size or type")
+    return Signature(**{**value, "inputs": inputs})
+
+
+def _time_json(time: TimeTables, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors["time.keys"] = time.keys
+    tensors.update({f"time.tables.{name}": table for name, table in time.tables.items()})
+    path = None
+    if time.path is not None:
+        _collect(time.path, tensors)
+        path = graph_to_json(time.path.graph)
+    return {"tables": sorted(time.tables), "path": path, "path_outputs": list(time.path_outputs), "folded": list(time.folded)}
+
+
+def _time_from(value: Any, tensors: _Tensors) -> TimeTables | None:
+    if value is None:
+        return None
+    path = None if value["path"] is None else graph_from_json(value["path"], tensors, _PATH_DIALECT)
+    if path is not None and len(placeholders(path.graph)) != 1:
+        raise ArtifactError("time path: expected one input")
+    tables = {name: tensors(f"time.tables.{name}") for name in value["tables"]}
+    keys = tensors("time.keys").double()
+    if keys.dim() != 1 or any(t.dim() < 1 or t.shape[0] != keys.numel() for t in tables.values()):
+        raise ArtifactError("time tables: rows and keys disagree")
+    return TimeTables(keys, tables, path, tuple(value["path_outputs"]), tuple(value["folded"]))

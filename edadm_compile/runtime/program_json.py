@@ -1,0 +1,159 @@
+"""A graph as JSON and back, through the closed table of operators.
+
+A node is ``[name, kind, target, args]`` plus ``kwargs`` and the layer record where there are any. An argument is a
+plain value, a list, or an object with one key: ``{"node": index}``, ``{"dtype": "float32"}``, ``{"float": "inf"}``,
+``{"memory_format": "contiguous_format"}`` or ``{"slice": [start, stop, step]}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edadm_compile.errors import ArtifactError
+from edadm_compile.ir.dialects import LEGAL
+from edadm_compile.ir.ops import op_name, resolve
+from edadm_compile.ir.program import LayerInfo, layer_of, set_constant
+
+#: Bounds on what a file may ask for; far above any real UNet.
+MAX_NODES = 100_000
+MAX_DEPTH = 8
+MAX_STRING = 4_096
+
+_DTYPES = {str(d).removeprefix("torch."): d for d in (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.uint8, torch.bool,
+)}  # fmt: skip
+_FORMATS = {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format, "channels_last": torch.channels_last}
+
+
+def graph_to_json(graph: fx.Graph) -> list[list[Any]]:
+    """Serialise a graph; every node in order."""
+    index: dict[fx.Node, int] = {}
+    records: list[list[Any]] = []
+    for node in graph.nodes:
+        target = op_name(node.target) if node.op == "call_function" else str(node.target)
+        record = [node.name, node.op, target, [_encode(a, index) for a in node.args]]
+        info = layer_of(node)
+        kwargs = {k: _encode(v, index) for k, v in node.kwargs.items() if v is not None and k not in ("device", "layout", "pin_memory")}
+        if kwargs or info is not None:
+            record.append(kwargs)
+        if info is not None:
+            record.append(dataclasses.asdict(info))
+        index[node] = len(records)
+        records.append(record)
+    return records
+
+
+def _encode(value: Any, index: dict[fx.Node, int]) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": index[value]}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item, index) for item in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return None  # programs are device free
+    if isinstance(value, slice):
+        return {"slice": [_encode(v, index) for v in (value.start, value.stop, value.step)]}
+    raise ArtifactError(f"cannot store an argument of type {type(value).__name__}: {value!r}")
+
+
+def graph_from_json(records: Any, tensors: Callable[[str], Tensor], dialect: str) -> fx.GraphModule:
+    """Rebuild a graph module.
+
+    Args:
+        records: from `graph_to_json`.
+        tensors: constant name -> tensor; raises KeyError for unknown names.
+        dialect: whose operators are allowed.
+
+    Raises:
+        ArtifactError: anything that `graph_to_json` would not have written.
+    """
+    if not isinstance(records, list) or not 2 <= len(records) <= MAX_NODES:
+        raise ArtifactError(f"program: expected a list of 2 to {MAX_NODES} nodes")
+    graph = fx.Graph()
+    root = torch.nn.Module()
+    nodes: list[fx.Node] = []
+    for record in records:
+        try:
+            nodes.append(_node(graph, root, record, nodes, tensors, dialect))
+        except ArtifactError:
+            raise
+        except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+            raise ArtifactError(f"program node {len(nodes)}: malformed ({type(error).__name__}: {error})") from None
+    if nodes[-1].op != "output":
+        raise ArtifactError("program: the last node is not the output")
+    return fx.GraphModule(root, graph)
+
+
+def _node(
+    graph: fx.Graph, root: torch.nn.Module, record: Any, nodes: list[fx.Node], tensors: Callable[[str], Tensor], dialect: str
+) -> fx.Node:
+    name, kind, target, raw = record[:4]
+    if not all(isinstance(v, str) and len(v) <= MAX_STRING for v in (name, kind, target)) or not name.isidentifier():
+        raise ArtifactError(f"program node {len(nodes)}: bad name or target")
+    args = tuple(_decode(a, nodes, 0) for a in raw)
+    kwargs = {str(k): _decode(v, nodes, 0) for k, v in (record[4] if len(record) > 4 else {}).items()}
+    if nodes and nodes[-1].op == "output":
+        raise ArtifactError("program: nodes after the output")
+    if kind == "placeholder":
+        node = graph.placeholder(target)
+    elif kind == "get_attr":
+        if not all(part.isidentifier() or part.isdigit() for part in target.split(".")):
+            raise ArtifactError(f"program node {name}: bad constant name")
+        set_constant(root, target, tensors(target))
+        node = graph.get_attr(target)
+    elif kind == "output":
+        node = graph.output(args[0])
+    elif kind == "call_function" and target in LEGAL[dialect][0]:
+        node = graph.create_node("call_function", resolve(target), args, kwargs, name=name)
+    else:
+        raise ArtifactError(f"program node {name}: {kind} {target!r} is not allowed in dialect {dialect}")
+    if len(record) > 5:
+        node.meta["layer"] = _layer(record[5])
+    return node
+
+
+def _decode(value: Any, nodes: list[fx.Node], depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise ArtifactError("program: arguments nested too deeply")
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        if len(value) > MAX_STRING:
+            raise ArtifactError("program: a text argument is too long")
+        return value
+    if isinstance(value, list):
+        return [_decode(item, nodes, depth + 1) for item in value]
+    if isinstance(value, dict) and len(value) == 1:
+        (key, inner), = value.items()
+        if key == "node" and isinstance(inner, int) and 0 <= inner < len(nodes):
+            return nodes[inner]
+        if key == "dtype" and inner in _DTYPES:
+            return _DTYPES[inner]
+        if key == "float" and inner in ("inf", "-inf", "nan"):
+            return float(inner)
+        if key == "memory_format" and inner in _FORMATS:
+            return _FORMATS[inner]
+        if key == "slice" and isinstance(inner, list) and len(inner) == 3:
+            return slice(*(_decode(v, nodes, depth + 1) for v in inner))
+    raise ArtifactError(f"program: argument {str(value)[:60]!r} is not understood")
+
+
+def _layer(record: Any) -> LayerInfo:
+    fields = {f.name for f in dataclasses.fields(LayerInfo)}
+    if not isinstance(record, dict) or set(record) != fields:
+        raise ArtifactError("program: malformed layer record")
+    return LayerInfo(**{**record, "weight_shape": tuple(int(v) for v in record["weight_shape"])})

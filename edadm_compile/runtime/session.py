@@ -1,0 +1,119 @@
+"""A compiled model that is called like its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edadm_compile.errors import InputError
+from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.runtime.artifact import Artifact, read
+from edadm_compile.runtime.engines import Engine, make_engine
+
+
+@dataclass
+class UNetOutput:
+    """The prediction as ``.sample``, also reachable as ``[0]``, like diffusers' output objects."""
+
+    sample: Tensor
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.sample,)[index]
+
+
+class CompiledModel(nn.Module):
+    """An integer program with its source model's call signature.
+
+    Args:
+        artifact: the loaded file.
+        engine: what runs it.
+    """
+
+    def __init__(self, artifact: Artifact, engine: Engine) -> None:
+        super().__init__()
+        self.artifact = artifact
+        self.engine = engine
+
+    @property
+    def signature(self) -> Signature:
+        """Inputs and output of the source model."""
+        return self.artifact.lowered.signature
+
+    @property
+    def sampler(self) -> SamplerSpec:
+        """The sampler the model was compiled for."""
+        return self.artifact.lowered.sampler
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Predict the noise.
+
+        Args:
+            args, kwargs: the source's inputs by position or name: x [B, C, H, W], timestep (number, 0-d or [B]), conditions.
+            return_dict: for models with an output object: return it (True) or a tuple (False).
+
+        Returns:
+            What the source returns: a tensor, or an object with ``.sample``.
+
+        Raises:
+            InputError: a missing, unknown or wrongly shaped input.
+        """
+        result = self.engine(*self._bind(args, kwargs))
+        if self.signature.output == "tensor":
+            return result
+        return UNetOutput(result) if return_dict else (result,)
+
+    def predict(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """The prediction as a plain tensor, whatever the source returned."""
+        return self.engine(*self._bind((x, t, *conditions), {}))
+
+    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        specs = self.signature.inputs
+        names = [spec.name for spec in specs]
+        if len(args) > len(specs):
+            raise InputError(f"got {len(args)} positional inputs, the model takes {len(specs)}: {', '.join(names)}")
+        given = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name not in names and value is not None:
+                raise InputError(f"input {name!r} was not compiled in; the model takes {', '.join(names)}")
+            if name in given:
+                raise InputError(f"input {name!r} was given twice")
+            given[name] = value
+        missing = [n for n in names if given.get(n) is None]
+        if missing:
+            raise InputError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
+        batch = torch.as_tensor(given[names[0]]).shape[0]
+        return [_conform(spec, given[spec.name], batch) for spec in specs]
+
+
+def _conform(spec: InputSpec, value: Any, batch: int) -> Tensor:
+    value = torch.as_tensor(value)
+    if spec.role == "t" and value.numel() == 1:
+        value = value.reshape(1).expand(batch)
+    if value.shape != (batch, *spec.shape):
+        raise InputError(f"input {spec.name!r}: got shape {list(value.shape)}, expected {[batch, *spec.shape]}")
+    return value.to(spec.dtype).contiguous()
+
+
+def load(path: str | Path, device: str = "cpu", engine: str = "reference") -> CompiledModel:
+    """Load a ``.qmod`` file.
+
+    Args:
+        path: file written by ``edadm-compile``.
+        device: "cpu"; other devices are refused until an engine for them exists.
+        engine: "reference", the pure-torch integer engine.
+
+    Raises:
+        ArtifactError: the file cannot be trusted or understood.
+        InputError: unknown device or engine.
+    """
+    return from_artifact(read(Path(path)), device, engine)
+
+
+def from_artifact(artifact: Artifact, device: str = "cpu", engine: str = "reference") -> CompiledModel:
+    """Wrap a loaded artifact; see `load`."""
+    return CompiledModel(artifact, make_engine(engine, device, artifact))
