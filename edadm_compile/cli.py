@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def _bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     from edadm_compile.config import PRESETS
 
     for name in reversed(PRESETS):
-        function = click.option(f"--{name}", "preset", flag_value=name, default=None, help=f"{name[1]}-bit weights, {name[3]}-bit activations.")(function)
+        function = click.option(f"--{name}", "preset", flag_value=name, default=None, help=f"{name[1]}-bit weights, {name[3]}-bit activations.")(
+            function
+        )
     return function
 
 
@@ -79,6 +82,9 @@ def main() -> None:
 
     The default verb is compile: edadm-compile model.pt --w4a8 -o unet.qmod
     """
+    # Deprecations inside torch and diffusers are not the user's to act on.
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
 
 
 @main.command()
@@ -101,24 +107,26 @@ def main() -> None:
 @_json
 @_debug
 @guarded
-def compile(  # noqa: A001 - the verb's name
+def compile(
     model: Path, output: Path | None, quiet: bool, as_json: bool, device: str, config_file: Path | None, dump_graphs: Path | None, **options: Any
 ) -> None:
     """Compile MODEL to an integer program.
 
     MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
     """
-    from edadm_compile import compile_run
+    from edadm_compile.driver import compile as driver
+    from edadm_compile.report import progress as bars
+    from edadm_compile.report import tables
 
-    request = compile_run.Request(
+    request = driver.Request(
         model=model, output=output or model.with_suffix(".qmod"), device=device, config_file=config_file, dump=dump_graphs, options=options
     )
-    with compile_run.reporter(quiet or as_json) as progress:
-        summary = compile_run.run(request, progress)
+    with bars.reporter(quiet or as_json) as progress:
+        summary = driver.run(request, progress)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     elif not quiet:
-        compile_run.print_summary(summary)
+        tables.print_summary(summary)
 
 
 @main.command()
@@ -151,13 +159,13 @@ def inspect(artifact: Path, as_json: bool) -> None:
 @guarded
 def sample(artifact: Path, as_json: bool, **options: Any) -> None:
     """Generate images with ARTIFACT, beside the float model's when one is given."""
-    from edadm_compile.evaluate import sample_run
+    from edadm_compile.driver import sample as driver
 
-    result = sample_run.run(artifact, as_json=as_json, **options)
+    result = driver.run(artifact, as_json=as_json, **options)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        sample_run.print_result(result)
+        driver.print_result(result)
 
 
 @main.command()
@@ -174,14 +182,14 @@ def verify(artifact: Path, as_json: bool, **options: Any) -> None:
 
     Exits with 7 when the numeric contract is broken.
     """
-    from edadm_compile.evaluate import verify_run
+    from edadm_compile.driver import verify as driver
 
-    result = verify_run.run(artifact, **options)
+    result = driver.run(artifact, **options)
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        verify_run.print_result(result)
-    verify_run.check(result)
+        driver.print_result(result)
+    driver.check(result)
 
 
 if __name__ == "__main__":

@@ -83,9 +83,7 @@ def draw_noise(signature: Signature, n: int, generator: torch.Generator) -> Tens
     return torch.randn((n, *signature.inputs[0].shape), generator=generator)
 
 
-def draw_conditions(
-    signature: Signature, n: int, generator: torch.Generator, pool: dict[str, Tensor] | None = None
-) -> list[Tensor]:
+def draw_conditions(signature: Signature, n: int, generator: torch.Generator, pool: dict[str, Tensor] | None = None) -> list[Tensor]:
     """Conditions for `n` trajectories: rows of the user's pool (the same rows for all), else random labels.
 
     Raises:
@@ -96,9 +94,7 @@ def draw_conditions(
     return [_draw_condition(spec, n, generator, pool, rows) for spec in signature.conditions]
 
 
-def _draw_condition(
-    spec: InputSpec, n: int, generator: torch.Generator, pool: dict[str, Tensor], rows: dict[int, Tensor]
-) -> Tensor:
+def _draw_condition(spec: InputSpec, n: int, generator: torch.Generator, pool: dict[str, Tensor], rows: dict[int, Tensor]) -> Tensor:
     if spec.name in pool:
         length = pool[spec.name].shape[0]
         if length not in rows:  # tensors of one length are rows of one table: keep them together

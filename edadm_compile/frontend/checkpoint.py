@@ -66,7 +66,9 @@ def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
         InputError: a class outside `MODEL_CLASSES`, or a configuration it refuses.
     """
     if class_name not in MODEL_CLASSES:
-        raise InputError(f"{where}: model class {class_name!r}, allowed {', '.join(MODEL_CLASSES)}; for any other model use a .pt2 archive or --factory")
+        raise InputError(
+            f"{where}: model class {class_name!r}, allowed {', '.join(MODEL_CLASSES)}; for any other model use a .pt2 archive or --factory"
+        )
     import diffusers
 
     try:

@@ -50,7 +50,9 @@ def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) ->
     inputs = []
     for i, (name, value) in enumerate(tensors):
         if i >= 2 and name not in pool:
-            raise InputError(f"{path}: condition {name!r} {list(value.shape)} needs calibration values: --cond FILE.safetensors with a tensor {name!r}")
+            raise InputError(
+                f"{path}: condition {name!r} {list(value.shape)} needs calibration values: --cond FILE.safetensors with a tensor {name!r}"
+            )
         sizes = tuple(int(s) for s in value.shape[1:])
         inputs.append(InputSpec(name, sizes, value.dtype, ("x", "t")[i] if i < 2 else "cond"))
     return Signature(tuple(inputs), "tensor", largest, lowest, source="torch.export program")

@@ -81,8 +81,12 @@ def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor],
     if checkpoint.is_checkpoint(value):
         return checkpoint.load(value, path, lambda config, steps: _sampler(options, config, steps), options.shape, pool, origin)
     if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
-        raise InputError(f"{path} is a bare state dict ({len(value)} tensors); name the code that builds the model with --factory package.module:callable")
-    raise InputError(f"{path} holds a {type(value).__name__}, not a model; expected a checkpoint dictionary (docs/quantization.md), a .pt2 archive or a diffusers folder")
+        raise InputError(
+            f"{path} is a bare state dict ({len(value)} tensors); name the code that builds the model with --factory package.module:callable"
+        )
+    raise InputError(
+        f"{path} holds a {type(value).__name__}, not a model; expected a checkpoint dictionary (docs/quantization.md), a .pt2 archive or a diffusers folder"
+    )
 
 
 def _pickle_message(path: Path, error: Exception) -> str:
@@ -114,7 +118,9 @@ def _from_factory(name: str, path: Path) -> nn.Module:
     except RuntimeError as error:
         raise InputError(f"{path} does not fit the module that {name} builds: {str(error).splitlines()[-1].strip()}") from None
     if missing:
-        raise InputError(f"{path} lacks {len(missing)} tensor(s) that {name} needs, such as {missing[0]!r}; unexpected in the file: {list(unexpected)[:3]}")
+        raise InputError(
+            f"{path} lacks {len(missing)} tensor(s) that {name} needs, such as {missing[0]!r}; unexpected in the file: {list(unexpected)[:3]}"
+        )
     return module
 
 

@@ -115,13 +115,17 @@ def source_from_module(
 
 def _parameters(module: nn.Module, given: set[str], fixed: set[str]) -> list[str]:
     """Forward parameter names to capture: x, t, every required condition, optional ones that have values."""
-    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.KEYWORD_ONLY)]
+    parameters = [
+        p for p in inspect.signature(module.forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.KEYWORD_ONLY)
+    ]
     if len(parameters) < 2:
         raise InputError(f"{type(module).__name__}.forward takes {len(parameters)} argument(s); expected forward(x, t, *conditions)")
     known = {p.name for p in parameters}
     unknown = sorted(given - known)
     if unknown:
-        raise InputError(f"condition {unknown[0]!r} is not a parameter of {type(module).__name__}.forward; it takes {', '.join(p.name for p in parameters)}")
+        raise InputError(
+            f"condition {unknown[0]!r} is not a parameter of {type(module).__name__}.forward; it takes {', '.join(p.name for p in parameters)}"
+        )
     names = [p.name for p in parameters[:2]]
     for p in parameters[2:]:
         if p.name in given:
@@ -136,9 +140,17 @@ def _parameters(module: nn.Module, given: set[str], fixed: set[str]) -> list[str
 
 def _infer_shape(module: nn.Module) -> tuple[int, int, int]:
     config = getattr(module, "config", None)
-    holders = [module, *([config] if config is not None else [])]
+    holders = [config] if config is not None else [module]
     channels = next((v for h in holders for n in ("in_channels", "channels") if isinstance(v := getattr(h, n, None), int)), None)
-    size = next((v for h in holders for n in ("sample_size", "image_size", "img_resolution", "resolution") if isinstance(v := getattr(h, n, None), (int, tuple, list))), None)
+    size = next(
+        (
+            v
+            for h in holders
+            for n in ("sample_size", "image_size", "img_resolution", "resolution")
+            if isinstance(v := getattr(h, n, None), (int, tuple, list))
+        ),
+        None,
+    )
     if channels is None:
         first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
         channels = first.in_channels if first is not None else None

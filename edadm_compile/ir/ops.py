@@ -96,9 +96,7 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
 
 #: ``edadm::`` operators by dialect.
 QDQ_OPS = frozenset(f"edadm.{n}.default" for n in ("quantize", "dequantize", "dequantize_weight"))
-LOWERED_OPS = frozenset(
-    f"edadm.{n}.default" for n in ("quantize", "dequantize", "qconv2d", "qconv_transpose2d", "qlinear", "qmatmul")
-)
+LOWERED_OPS = frozenset(f"edadm.{n}.default" for n in ("quantize", "dequantize", "qconv2d", "qconv_transpose2d", "qlinear", "qmatmul"))
 FLOAT_OPS = (
     frozenset(f"aten.{n}" for n in (*_ELEMENTWISE, *_NORMS, *_REDUCTIONS, *_MATMUL, *_POOL_RESIZE, *_CREATE_INDEX))
     | MOVEMENT_OPS

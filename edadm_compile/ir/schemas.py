@@ -50,9 +50,7 @@ def _qconv2d(
     x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor, pad_value: int, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, bits: int, shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    size = [
-        (x_q.shape[2 + i] + 2 * padding[i] - dilation[i] * (shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
+    size = [(x_q.shape[2 + i] + 2 * padding[i] - dilation[i] * (shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)]
     return multiplier.new_empty((x_q.shape[0], shape[0], *size))
 
 
@@ -62,17 +60,12 @@ def _qconv_transpose2d(
     padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int], groups: int, bits: int,
     shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    size = [
-        (x_q.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (shape[2 + i] - 1) + output_padding[i] + 1
-        for i in range(2)
-    ]
+    size = [(x_q.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (shape[2 + i] - 1) + output_padding[i] + 1 for i in range(2)]
     return multiplier.new_empty((x_q.shape[0], shape[0], *size))
 
 
 @torch.library.register_fake("edadm::qlinear", lib=LIBRARY)
-def _qlinear(
-    x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor, bits: int, shape: Sequence[int]
-) -> Tensor:
+def _qlinear(x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     return multiplier.new_empty((*x_q.shape[:-1], shape[0]))
 
 

@@ -141,9 +141,7 @@ class _Flow:
         return None if leaks or fork is None else inside
 
 
-def _accept_regions(
-    regions: Iterable[set[fx.Node]], layers: list[fx.Node], index: dict[fx.Node, int], max_layers: int
-) -> list[Unit]:
+def _accept_regions(regions: Iterable[set[fx.Node]], layers: list[fx.Node], index: dict[fx.Node, int], max_layers: int) -> list[Unit]:
     """Largest regions first, disjoint, with 1 to `max_layers` layers."""
     wanted = set(layers)
     taken: set[fx.Node] = set()

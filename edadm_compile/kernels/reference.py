@@ -86,10 +86,7 @@ def conv_accumulators(
         batch, height, width, taps, channels = columns.shape
         per_group = channels // groups
         rows = columns.reshape(-1, taps, groups, per_group)
-        outputs = [
-            int_matmul(rows[:, :, g].reshape(-1, taps * per_group).contiguous(), m)
-            for g, m in enumerate(matrix.chunk(groups))
-        ]
+        outputs = [int_matmul(rows[:, :, g].reshape(-1, taps * per_group).contiguous(), m) for g, m in enumerate(matrix.chunk(groups))]
         results.append(torch.cat(outputs, dim=1).reshape(batch, height, width, -1))
     return results
 
@@ -160,9 +157,7 @@ def transpose_accumulators(
 def linear_accumulators(x_q: Tensor, w_q: Tensor, bits: int, shape: Sequence[int]) -> list[Tensor]:
     """int32 [..., O] accumulators of a linear layer, one per int8 term."""
     matrix = packing.unpack_matrix(w_q, bits, shape[1])
-    return [
-        int_matmul(term.reshape(-1, shape[1]).contiguous(), matrix).reshape(*x_q.shape[:-1], shape[0]) for term in terms(x_q)
-    ]
+    return [int_matmul(term.reshape(-1, shape[1]).contiguous(), matrix).reshape(*x_q.shape[:-1], shape[0]) for term in terms(x_q)]
 
 
 def _qlinear(x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor, bits: int, shape: Sequence[int]) -> Tensor:

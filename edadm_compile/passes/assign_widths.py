@@ -12,7 +12,13 @@ from torch import Tensor, fx
 
 from edadm_compile.calibration.dataset import Trajectories
 from edadm_compile.ir.analysis import (
-    BATCH, dependencies, is_layer, layer_weight, shape_of, weight_node, x_dependent,
+    BATCH,
+    dependencies,
+    is_layer,
+    layer_weight,
+    shape_of,
+    weight_node,
+    x_dependent,
 )  # fmt: skip
 from edadm_compile.ir.ops import LAYER_OPS, op_name
 from edadm_compile.ir.program import LayerInfo, Program, get_constant, layer_of
@@ -75,8 +81,9 @@ def _roles(program: Program) -> dict[fx.Node, str]:
     layers = [n for n in graph.nodes if is_layer(n)]
     dependent, deps = x_dependent(graph), dependencies(graph)
     x = next(n for n in graph.nodes if n.op == "placeholder")
-    stems = _reach([x], lambda n: n.users, set(layers))
-    heads = _reach([graph.output_node()], lambda n: n.all_input_nodes, set(layers))
+    # Only flows of values count: a reshape that asks x for its batch size does not read x.
+    stems = _reach([x], lambda n: [u for u in n.users if u in dependent], set(layers))
+    heads = _reach([graph.output_node()], lambda n: [i for i in n.all_input_nodes if i in dependent], set(layers))
     t = program.signature.inputs[1].name
     roles: dict[fx.Node, str] = {}
     for node in layers:
@@ -242,9 +249,7 @@ def evaluate(node: fx.Node, values: dict[fx.Node, Any], module: fx.GraphModule) 
     return target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _error_with(
-    layer: fx.Node, bits: int, program: Program, order: list[fx.Node], values: dict[fx.Node, Any], reference: Tensor
-) -> float:
+def _error_with(layer: fx.Node, bits: int, program: Program, order: list[fx.Node], values: dict[fx.Node, Any], reference: Tensor) -> float:
     weight = layer_weight(program, layer)
     spec = weight_spec(bits, weight_axis(layer))
     scale = search_weight(weight, spec, candidates=40)

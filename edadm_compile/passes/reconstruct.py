@@ -59,9 +59,7 @@ class Reconstruct:
 class _Trainer:
     """Optimises one unit."""
 
-    def __init__(
-        self, program: Program, unit: Unit, streams: Streams, config: ReconstructionConfig, generator: torch.Generator
-    ) -> None:
+    def __init__(self, program: Program, unit: Unit, streams: Streams, config: ReconstructionConfig, generator: torch.Generator) -> None:
         self.program, self.unit, self.config, self.generator = program, unit, config, generator
         self.closure = streams.closure(unit)
         self.inputs = streams.stored_inputs(self.closure)

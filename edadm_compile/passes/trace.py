@@ -39,7 +39,7 @@ class CallAdapter(nn.Module):
         self._fixed = dict(fixed or {})
 
     def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        """x [B, ...], t [B], conditions [B, ...] to the prediction [B, ...]."""
+        """X [B, ...], t [B], conditions [B, ...] to the prediction [B, ...]."""
         result = self.model(x, t, **dict(zip(self._names, conditions, strict=True)), **self._fixed)
         return pick_tensor(result)
 
@@ -82,9 +82,7 @@ def export_module(model: nn.Module, signature: Signature, fixed: dict[str, Any])
     return _export_fixed(adapter, inputs, signature, reason)
 
 
-def _export_fixed(
-    adapter: nn.Module, inputs: tuple[Tensor, ...], signature: Signature, reason: str
-) -> tuple[ExportedProgram, Signature]:
+def _export_fixed(adapter: nn.Module, inputs: tuple[Tensor, ...], signature: Signature, reason: str) -> tuple[ExportedProgram, Signature]:
     """Fall back to the batch of the example inputs; the signature says so and the engine pads and slices."""
     batch = inputs[0].shape[0]
     try:
@@ -103,9 +101,7 @@ def _first_lines(text: str, limit: int = 300) -> str:
     return " ".join(text.split())[:limit]
 
 
-def trace(
-    exported: ExportedProgram, signature: Signature, sampler: SamplerSpec, model: nn.Module | None = None
-) -> Program:
+def trace(exported: ExportedProgram, signature: Signature, sampler: SamplerSpec, model: nn.Module | None = None) -> Program:
     """Turn an exported program into a float program with plain inputs and one tensor output.
 
     Args:
@@ -154,9 +150,7 @@ def _strip_adapter(module: fx.GraphModule) -> None:
     """Undo the ``model.`` prefix of `CallAdapter`, and record each node's module path as plain strings."""
     prefix = "model."
     targets = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
-    wrapped = bool(targets) and isinstance(getattr(module, "model", None), nn.Module) and all(
-        t.startswith(prefix) or "." not in t for t in targets
-    )
+    wrapped = bool(targets) and isinstance(getattr(module, "model", None), nn.Module) and all(t.startswith(prefix) or "." not in t for t in targets)
     for node in module.graph.nodes:
         if wrapped and node.op == "get_attr" and str(node.target).startswith(prefix):
             node.target = str(node.target)[len(prefix):]  # fmt: skip
@@ -186,7 +180,18 @@ def check_coverage(module: fx.GraphModule, model: nn.Module, signature: Signatur
     missing = {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, _LAYER_TYPES) and not any(f"{name}.{p}".lstrip(".") in reached for p in ("weight", "parametrizations.weight.original0", "parametrizations.weight.original1", "parametrizations.weight.original", "weight_v", "weight_orig"))
+        if isinstance(m, _LAYER_TYPES)
+        and not any(
+            f"{name}.{p}".lstrip(".") in reached
+            for p in (
+                "weight",
+                "parametrizations.weight.original0",
+                "parametrizations.weight.original1",
+                "parametrizations.weight.original",
+                "weight_v",
+                "weight_orig",
+            )
+        )
     }
     if not missing:
         return
@@ -210,9 +215,7 @@ def _all_nodes(module: fx.GraphModule) -> list[fx.Node]:
 
 def _run_and_watch(model: nn.Module, watched: dict[str, nn.Module], signature: Signature) -> set[str]:
     ran: set[str] = set()
-    handles = [
-        m.register_forward_hook(lambda *_args, name=name: ran.add(name)) for name, m in watched.items()
-    ]
+    handles = [m.register_forward_hook(lambda *_args, name=name: ran.add(name)) for name, m in watched.items()]
     try:
         inputs = [torch.zeros((1, *spec.shape), dtype=spec.dtype) for spec in signature.inputs]
         names = [spec.name for spec in signature.conditions]

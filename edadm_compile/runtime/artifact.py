@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,8 +19,8 @@ from torch import Tensor
 from edadm_compile.errors import ArtifactError, EdadmError
 from edadm_compile.ir.analysis import propagate_shapes
 from edadm_compile.ir.dialects import verify
-from edadm_compile.ir.program import InputSpec, Program, SamplerSpec, Signature, TimeTables, get_constant, placeholders
-from edadm_compile.runtime.program_json import graph_from_json, graph_to_json
+from edadm_compile.ir.program import InputSpec, Program, SamplerSpec, Signature, TimeTables, get_constant, layers, placeholders
+from edadm_compile.runtime.program_json import graph_from_json, graph_to_json, layers_from_json
 
 FORMAT = "edadm.qmod/1"
 _KEY = "edadm"
@@ -47,9 +48,11 @@ def to_bytes(artifact: Artifact) -> bytes:
     """Serialise deterministically: the same artifact gives the same bytes."""
     tensors: dict[str, Tensor] = {}
     programs = {}
+    records = layers(artifact.lowered)  # both programs share them: the lowered ones know what executes
+    names = [info.name for info in records]
     for program in (artifact.qdq, artifact.lowered):
         _collect(program.graph_module, tensors)
-        programs[program.dialect] = graph_to_json(program.graph_module.graph)
+        programs[program.dialect] = graph_to_json(program.graph_module.graph, names)
     time = artifact.lowered.time
     manifest = {
         **artifact.manifest,
@@ -58,12 +61,12 @@ def to_bytes(artifact: Artifact) -> bytes:
         "sampler": vars(artifact.lowered.sampler),
         "notes": list(artifact.lowered.notes),
         "programs": programs,
+        "layers": [dataclasses.asdict(info) for info in records],
         "time": None if time is None else _time_json(time, tensors),
     }
     stored = {name: _shrink(value) for name, value in sorted(tensors.items())}
-    manifest["tensors"] = {
-        name: [_dtype(tensors[name]), _dtype(value), list(value.shape), digest(value)] for name, value in stored.items()
-    }
+    widened = [name for name in stored if stored[name].dtype != tensors[name].dtype]
+    manifest["tensors"] = {"sha256": digest(stored), "float32_stored_as_float16": widened}
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     # One metadata entry only: safetensors writes several in no fixed order.
     checked = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
@@ -104,8 +107,9 @@ def read(path: Path) -> Artifact:
         sampler = SamplerSpec(**manifest["sampler"])
         time = _time_from(manifest["time"], tensors)
         programs = []
+        records = layers_from_json(manifest["layers"])
         for dialect in ("qdq", "lowered"):
-            module = graph_from_json(manifest["programs"][dialect], tensors, dialect)
+            module = graph_from_json(manifest["programs"][dialect], tensors, dialect, records)
             program = Program(module, dialect, signature, sampler, time, tuple(manifest["notes"]))
             verify(program)
             programs.append(program)
@@ -116,7 +120,7 @@ def read(path: Path) -> Artifact:
         raise ArtifactError(f"{path}: inconsistent program: {error}") from error
     except Exception as error:  # the manifest passed its checksum: whoever wrote it did so wrongly
         raise ArtifactError(f"{path}: malformed manifest ({type(error).__name__}: {str(error)[:200]})") from error
-    kept = {k: v for k, v in manifest.items() if k not in ("programs", "tensors", "signature", "time", "notes", "sampler")}
+    kept = {k: v for k, v in manifest.items() if k not in ("programs", "tensors", "layers", "signature", "time", "notes", "sampler")}
     return Artifact(programs[0], programs[1], kept)
 
 
@@ -151,27 +155,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 class _Tensors:
-    """Constants of a file by name, each checked against its digest when first read."""
+    """Constants of a file by name, checked together against the digest in the manifest."""
 
-    def __init__(self, path: Path, table: Any) -> None:
-        self._path, self._cache = path, dict[str, Tensor]()
-        if not isinstance(table, dict):
-            raise ArtifactError(f"{path}: manifest has no tensor table")
-        self._table = table
+    def __init__(self, path: Path, record: Any) -> None:
+        self._path = path
+        if not isinstance(record, dict) or not isinstance(record.get("float32_stored_as_float16"), list):
+            raise ArtifactError(f"{path}: manifest has no tensor record")
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if names != set(table):
-                odd = sorted(names ^ set(table))[0]
-                raise ArtifactError(f"{path}: tensors and manifest disagree about {odd!r}")
-            for name in sorted(names):
-                self._cache[name] = self._load(file, name)
-
-    def _load(self, file: Any, name: str) -> Tensor:
-        dtype, stored, shape, sha = self._table[name]
-        value: Tensor = file.get_tensor(name)
-        if _dtype(value) != stored or list(value.shape) != shape or digest(value) != sha:
-            raise ArtifactError(f"{self._path} is damaged: tensor {name!r} does not match its checksum")
-        return value.float() if dtype == "float32" else value
+            stored = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        if digest(stored) != record.get("sha256"):
+            raise ArtifactError(f"{path} is damaged: its tensors do not match their checksum")
+        widened = set(record["float32_stored_as_float16"])
+        self._cache = {name: value.float() if name in widened else value for name, value in stored.items()}
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._cache:
@@ -191,9 +186,13 @@ def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def digest(value: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+def digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order given."""
+    sha = hashlib.sha256()
+    for name, value in tensors.items():
+        sha.update(f"{name} {_dtype(value)} {list(value.shape)}\n".encode())
+        sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _collect(module: torch.fx.GraphModule, tensors: dict[str, Tensor]) -> None:
@@ -220,7 +219,7 @@ def _time_json(time: TimeTables, tensors: dict[str, Tensor]) -> dict[str, Any]:
     path = None
     if time.path is not None:
         _collect(time.path, tensors)
-        path = graph_to_json(time.path.graph)
+        path = graph_to_json(time.path.graph, [])
     return {"tables": sorted(time.tables), "path": path, "path_outputs": list(time.path_outputs), "folded": list(time.folded)}
 
 

@@ -1,15 +1,16 @@
 """A graph as JSON and back, through the closed table of operators.
 
-A node is ``[name, kind, target, args]`` plus ``kwargs`` and the layer record where there are any. An argument is a
-plain value, a list, or an object with one key: ``{"node": index}``, ``{"dtype": "float32"}``, ``{"float": "inf"}``,
-``{"memory_format": "contiguous_format"}`` or ``{"slice": [start, stop, step]}``.
+A node is ``[kind, target, args]``, then ``kwargs`` and the index of its layer record where there are any. Kinds are
+"p" (input), "a" (constant), "f" (operator) and "o" (output). An argument is a plain value, a list, ``"%12"`` for the
+value of node 12, or an object with one key: ``{"str": "%text"}``, ``{"dtype": "float32"}``, ``{"float": "inf"}``,
+``{"memory_format": "contiguous_format"}``, ``{"slice": [start, stop, step]}``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,19 +33,27 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (
 _FORMATS = {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format, "channels_last": torch.channels_last}
 
 
-def graph_to_json(graph: fx.Graph) -> list[list[Any]]:
-    """Serialise a graph; every node in order."""
+_KINDS = {"placeholder": "p", "get_attr": "a", "call_function": "f", "output": "o"}
+_DROPPED = ("device", "layout", "pin_memory")  # programs are device free
+
+
+def graph_to_json(graph: fx.Graph, layers: list[str]) -> list[list[Any]]:
+    """Serialise a graph; every node in order.
+
+    Args:
+        layers: names of the layer records, which nodes refer to by index.
+    """
     index: dict[fx.Node, int] = {}
     records: list[list[Any]] = []
     for node in graph.nodes:
         target = op_name(node.target) if node.op == "call_function" else str(node.target)
-        record = [node.name, node.op, target, [_encode(a, index) for a in node.args]]
+        record: list[Any] = [_KINDS[node.op], target, [_encode(a, index) for a in node.args]]
         info = layer_of(node)
-        kwargs = {k: _encode(v, index) for k, v in node.kwargs.items() if v is not None and k not in ("device", "layout", "pin_memory")}
+        kwargs = {k: _encode(v, index) for k, v in node.kwargs.items() if v is not None and k not in _DROPPED}
         if kwargs or info is not None:
             record.append(kwargs)
         if info is not None:
-            record.append(dataclasses.asdict(info))
+            record.append(layers.index(info.name))
         index[node] = len(records)
         records.append(record)
     return records
@@ -52,9 +61,11 @@ def graph_to_json(graph: fx.Graph) -> list[list[Any]]:
 
 def _encode(value: Any, index: dict[fx.Node, int]) -> Any:
     if isinstance(value, fx.Node):
-        return {"node": index[value]}
-    if value is None or isinstance(value, (bool, int, str)):
+        return f"%{index[value]}"
+    if value is None or isinstance(value, (bool, int)):
         return value
+    if isinstance(value, str):
+        return {"str": value} if value.startswith("%") else value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, (list, tuple)):
@@ -70,13 +81,14 @@ def _encode(value: Any, index: dict[fx.Node, int]) -> Any:
     raise ArtifactError(f"cannot store an argument of type {type(value).__name__}: {value!r}")
 
 
-def graph_from_json(records: Any, tensors: Callable[[str], Tensor], dialect: str) -> fx.GraphModule:
+def graph_from_json(records: Any, tensors: Callable[[str], Tensor], dialect: str, layers: Sequence[LayerInfo] = ()) -> fx.GraphModule:
     """Rebuild a graph module.
 
     Args:
         records: from `graph_to_json`.
         tensors: constant name -> tensor; raises KeyError for unknown names.
         dialect: whose operators are allowed.
+        layers: the layer records that nodes refer to.
 
     Raises:
         ArtifactError: anything that `graph_to_json` would not have written.
@@ -88,7 +100,7 @@ def graph_from_json(records: Any, tensors: Callable[[str], Tensor], dialect: str
     nodes: list[fx.Node] = []
     for record in records:
         try:
-            nodes.append(_node(graph, root, record, nodes, tensors, dialect))
+            nodes.append(_node(graph, root, record, nodes, tensors, dialect, layers))
         except ArtifactError:
             raise
         except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError) as error:
@@ -99,30 +111,38 @@ def graph_from_json(records: Any, tensors: Callable[[str], Tensor], dialect: str
 
 
 def _node(
-    graph: fx.Graph, root: torch.nn.Module, record: Any, nodes: list[fx.Node], tensors: Callable[[str], Tensor], dialect: str
+    graph: fx.Graph,
+    root: torch.nn.Module,
+    record: Any,
+    nodes: list[fx.Node],
+    tensors: Callable[[str], Tensor],
+    dialect: str,
+    layers: Sequence[LayerInfo],
 ) -> fx.Node:
-    name, kind, target, raw = record[:4]
-    if not all(isinstance(v, str) and len(v) <= MAX_STRING for v in (name, kind, target)) or not name.isidentifier():
-        raise ArtifactError(f"program node {len(nodes)}: bad name or target")
-    args = tuple(_decode(a, nodes, 0) for a in raw)
-    kwargs = {str(k): _decode(v, nodes, 0) for k, v in (record[4] if len(record) > 4 else {}).items()}
+    kind, target, raw = record[:3]
+    place = f"program node {len(nodes)}"
+    if not isinstance(target, str) or len(target) > MAX_STRING:
+        raise ArtifactError(f"{place}: bad target")
     if nodes and nodes[-1].op == "output":
         raise ArtifactError("program: nodes after the output")
-    if kind == "placeholder":
+    args = tuple(_decode(a, nodes, 0) for a in raw)
+    kwargs = {str(k): _decode(v, nodes, 0) for k, v in (record[3] if len(record) > 3 else {}).items()}
+    if kind == "p" and target.isidentifier():
         node = graph.placeholder(target)
-    elif kind == "get_attr":
-        if not all(part.isidentifier() or part.isdigit() for part in target.split(".")):
-            raise ArtifactError(f"program node {name}: bad constant name")
+    elif kind == "a" and all(part.isidentifier() or part.isdigit() for part in target.split(".")):
         set_constant(root, target, tensors(target))
         node = graph.get_attr(target)
-    elif kind == "output":
+    elif kind == "o":
         node = graph.output(args[0])
-    elif kind == "call_function" and target in LEGAL[dialect][0]:
-        node = graph.create_node("call_function", resolve(target), args, kwargs, name=name)
+    elif kind == "f" and target in LEGAL[dialect][0]:
+        node = graph.call_function(resolve(target), args, kwargs)
     else:
-        raise ArtifactError(f"program node {name}: {kind} {target!r} is not allowed in dialect {dialect}")
-    if len(record) > 5:
-        node.meta["layer"] = _layer(record[5])
+        raise ArtifactError(f"{place}: {kind!r} {target!r} is not allowed in dialect {dialect}")
+    if len(record) > 4:
+        number = record[4]
+        if not isinstance(number, int) or not 0 <= number < len(layers):
+            raise ArtifactError(f"{place}: layer record {number!r} does not exist")
+        node.meta["layer"] = layers[number]
     return node
 
 
@@ -134,13 +154,18 @@ def _decode(value: Any, nodes: list[fx.Node], depth: int) -> Any:
     if isinstance(value, str):
         if len(value) > MAX_STRING:
             raise ArtifactError("program: a text argument is too long")
-        return value
+        if not value.startswith("%"):
+            return value
+        number = int(value[1:])
+        if not 0 <= number < len(nodes):
+            raise ArtifactError(f"program: node {number} is read before it exists")
+        return nodes[number]
     if isinstance(value, list):
         return [_decode(item, nodes, depth + 1) for item in value]
     if isinstance(value, dict) and len(value) == 1:
-        (key, inner), = value.items()
-        if key == "node" and isinstance(inner, int) and 0 <= inner < len(nodes):
-            return nodes[inner]
+        ((key, inner),) = value.items()
+        if key == "str" and isinstance(inner, str) and len(inner) <= MAX_STRING:
+            return inner
         if key == "dtype" and inner in _DTYPES:
             return _DTYPES[inner]
         if key == "float" and inner in ("inf", "-inf", "nan"):
@@ -152,8 +177,15 @@ def _decode(value: Any, nodes: list[fx.Node], depth: int) -> Any:
     raise ArtifactError(f"program: argument {str(value)[:60]!r} is not understood")
 
 
-def _layer(record: Any) -> LayerInfo:
+def layers_from_json(records: Any) -> list[LayerInfo]:
+    """Layer records of a manifest.
+
+    Raises:
+        ArtifactError: not what `dataclasses.asdict` of `LayerInfo` gives.
+    """
     fields = {f.name for f in dataclasses.fields(LayerInfo)}
-    if not isinstance(record, dict) or set(record) != fields:
-        raise ArtifactError("program: malformed layer record")
-    return LayerInfo(**{**record, "weight_shape": tuple(int(v) for v in record["weight_shape"])})
+    if not isinstance(records, list) or len(records) > MAX_NODES:
+        raise ArtifactError("layers: expected a list")
+    if any(not isinstance(r, dict) or set(r) != fields for r in records):
+        raise ArtifactError("layers: malformed layer record")
+    return [LayerInfo(**{**r, "weight_shape": tuple(int(v) for v in r["weight_shape"])}) for r in records]

@@ -160,9 +160,7 @@ def progress_reporter(total: int) -> Iterator[Callable[[int, float], None]]:
     yield report
 
 
-def train(
-    steps: int, report: Callable[[int, float], None], snapshot: Callable[[UNet2DModel], None]
-) -> UNet2DModel:
+def train(steps: int, report: Callable[[int, float], None], snapshot: Callable[[UNet2DModel], None]) -> UNet2DModel:
     """Minimise the DDPM noise-prediction loss.
 
     Args:

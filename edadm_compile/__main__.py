@@ -1,0 +1,5 @@
+"""``python -m edadm_compile``."""
+
+from edadm_compile.cli import main
+
+main()

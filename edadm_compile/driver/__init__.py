@@ -1,0 +1,1 @@
+"""The verbs of the command line as library functions: load, work, write, return plain results."""

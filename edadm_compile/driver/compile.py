@@ -1,0 +1,191 @@
+"""Compile a model file to a ``.qmod`` file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import edadm_compile
+from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
+from edadm_compile.driver.options import load_options
+from edadm_compile.errors import ArtifactError, ConfigError, InputError
+from edadm_compile.frontend import Source, load_source
+from edadm_compile.ir.program import Program, SamplerSpec
+from edadm_compile.passes.base import Progress
+from edadm_compile.pipeline import CompileResult, compile_source
+from edadm_compile.report.truth import totals, truth_table
+from edadm_compile.runtime.artifact import Artifact, write
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One compilation as the command line asks for it.
+
+    Attributes:
+        model: file or folder to compile.
+        output: file to write.
+        device: where calibration and reconstruction run.
+        config_file: TOML or JSON settings.
+        dump: folder for the graph after each pass.
+        options: command-line options by name, None where not given.
+    """
+
+    model: Path
+    output: Path
+    device: str
+    config_file: Path | None
+    dump: Path | None
+    options: dict[str, Any]
+
+
+def run(request: Request, progress: Progress) -> dict[str, Any]:
+    """Compile and write; returns the summary.
+
+    Raises:
+        EdadmError: bad input, or a failed compilation. An existing output file stays as it was.
+    """
+    if request.device != "cpu":
+        raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
+    _check_writable(request.output)
+    config = make_config(request.options, request.config_file)
+    source = load_source(request.model, load_options(request.options))
+    result = compile_source(source, config, progress, dump=_dumper(request.dump))
+    size = write(to_artifact(result), request.output)
+    return summary(result, source, request.output, size)
+
+
+def compile_model(
+    model: str | Path | nn.Module | Source,
+    config: QuantConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    sampler: SamplerSpec | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompileResult:
+    """Compile a file, a folder, a module or a loaded source.
+
+    Args:
+        config: settings, default W4A8.
+        output: ``.qmod`` file to write.
+        sampler: needed for a bare module.
+        progress: receives stages and steps.
+        options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
+            `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed).
+
+    Raises:
+        EdadmError: see `edadm_compile.errors`.
+    """
+    from edadm_compile.frontend import LoadOptions, source_from_module
+
+    if isinstance(model, nn.Module):
+        if sampler is None:
+            raise InputError("compile_model: a bare module needs sampler=SamplerSpec(scheduler={...}, steps=...)")
+        source = source_from_module(model, sampler, **options)
+    elif isinstance(model, Source):
+        source = model
+    else:
+        source = load_source(Path(model), LoadOptions(**options))
+    result = compile_source(source, config or QuantConfig(), progress)
+    if output is not None:
+        write(to_artifact(result), Path(output))
+    return result
+
+
+def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfig:
+    """Settings from a file with command-line options on top.
+
+    Raises:
+        ConfigError: contradicting or invalid settings.
+    """
+    values = load_config(config_file) if config_file is not None else {}
+    preset = options.get("preset")
+    if preset is not None:
+        values["weight_bits"], values["act_bits"] = PRESETS[preset]
+    names = {"weights_bits": "weight_bits", "acts_bits": "act_bits", "method": "method", "uniform": "uniform",
+             "attention": "attention", "seed": "seed", "calib_samples": "calib_samples"}  # fmt: skip
+    for option, name in names.items():
+        value = options.get(option)
+        if value is not None:
+            if preset is not None and name in ("weight_bits", "act_bits") and values[name] != value:
+                raise ConfigError(f"--{preset} and --{option.replace('_', '-')} {value} contradict each other; give one of them")
+            values[name] = value
+    if options.get("iters") is not None:
+        values["reconstruction"] = {**values.get("reconstruction", {}), "iters": options["iters"]}
+    return from_dict(values, str(config_file) if config_file else "command line")
+
+
+def to_artifact(result: CompileResult) -> Artifact:
+    """What goes into the file: programs, settings, provenance and quality; no times, so that bytes are reproducible."""
+    quality = None if result.quality is None else _finite(dataclasses.asdict(result.quality))
+    manifest = {
+        "config": result.config.to_dict(),
+        "source": result.source,
+        "quality": quality,
+        "allocation": result.allocation,
+        "units": result.stats.get("reconstruct", {}).get("units", []),
+        "average_bits": result.stats["assign_widths"]["average_bits"],
+        "versions": {"edadm_compile": edadm_compile.__version__, "torch": torch.__version__},
+    }
+    return Artifact(result.qdq, result.lowered, manifest)
+
+
+def summary(result: CompileResult, source: Source, output: Path, size: int) -> dict[str, Any]:
+    """What the command prints at the end, as plain values."""
+    rows = truth_table(result.lowered, result.config.name)
+    widths: dict[str, int] = {}
+    for row in rows:
+        widths[row["executed"]] = widths.get(row["executed"], 0) + 1
+    units = result.stats.get("reconstruct", {}).get("units", [])
+    return {
+        "output": str(output),
+        "model": source.provenance(),
+        "config": result.config.name,
+        "method": result.config.method,
+        "layers": dict(sorted(widths.items())),
+        "average_weight_bits": round(result.stats["assign_widths"]["average_bits"], 3),
+        "promoted": result.stats["assign_widths"].get("promoted", []),
+        "blocks": len(units),
+        "bytes": {"fp32_parameters": 2 * result.float_bytes, "fp16_parameters": result.float_bytes, "file": size},
+        "weights": totals(rows),
+        "sqnr_db": None if result.quality is None else _finite(dataclasses.asdict(result.quality)),
+        "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
+        "total_seconds": round(sum(result.seconds.values()), 1),
+        "float_layers": {row["layer"]: row["note"] for row in rows if row["executed"] == "float"},
+        "notes": list(result.lowered.notes),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an exact match is reported as null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def _check_writable(output: Path) -> None:
+    """Fail before hours of work, not after."""
+    folder = output.parent
+    if not folder.is_dir():
+        raise ArtifactError(f"cannot write {output}: folder {folder} does not exist")
+    if output.is_dir() or not os.access(folder, os.W_OK):
+        raise ArtifactError(f"cannot write {output}: {'it is a folder' if output.is_dir() else 'permission denied'}")
+
+
+def _dumper(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    counter = iter(range(100))
+
+    def dump(name: str, program: Program) -> None:
+        (folder / f"{next(counter):02d}_{name}.txt").write_text(f"# dialect {program.dialect}\n{program.graph_module.graph}\n")
+
+    return dump

@@ -1,0 +1,40 @@
+"""Command-line options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edadm_compile.errors import InputError
+from edadm_compile.frontend import LoadOptions
+
+
+def load_options(options: dict[str, Any]) -> LoadOptions:
+    """Options that say how to load a float model.
+
+    Raises:
+        InputError: a malformed ``--shape``.
+    """
+    shape = options.get("shape")
+    return LoadOptions(
+        shape=None if shape is None else parse_shape(shape),
+        scheduler=options.get("scheduler"),
+        steps=options.get("steps"),
+        conditions=options.get("conditions"),
+        factory=options.get("factory"),
+        trust_pickle=bool(options.get("trust_pickle")),
+    )
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """``C,H,W`` as three positive integers.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        values = tuple(int(v) for v in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or min(values) < 1:
+        raise InputError(f"--shape: got {text!r}, expected C,H,W such as 3,32,32")
+    return values

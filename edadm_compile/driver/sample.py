@@ -1,0 +1,126 @@
+"""Generate images with a compiled model, beside the float model's from the same noise."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from edadm_compile.calibration.sampler import draw_conditions, draw_noise
+from edadm_compile.calibration.sampler import sample as run_sampler
+from edadm_compile.driver.options import load_options
+from edadm_compile.errors import ArtifactError, InputError
+from edadm_compile.evaluate.metrics import psnr
+from edadm_compile.frontend import load_source
+from edadm_compile.ir.program import Signature
+from edadm_compile.report.tables import console
+from edadm_compile.runtime.session import CompiledModel, load
+
+_BATCH = 64
+
+
+def run(
+    artifact: Path, count: int, output: Path, reference: Path | None, label: int | None, seed: int, as_json: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Sample `count` images and write a grid.
+
+    Returns:
+        output path, count, and the PSNR against the reference where one is given.
+
+    Raises:
+        EdadmError: unreadable files, or a reference that does not match.
+    """
+    model = load(artifact)
+    noise, conditions = inputs(model, count, seed, label, options.get("conditions"))
+    images = generate(model, model.predict, noise, conditions, seed)
+    result: dict[str, Any] = {"output": str(output), "count": count, "steps": model.sampler.steps}
+    rows = [images]
+    if reference is not None:
+        source = load_source(reference, load_options({**options, "conditions": None}))
+        originals = generate(model, source.denoiser(), noise, conditions, seed)
+        values = psnr(originals, images)
+        result["psnr_db"] = {"median": float(values.median()), "mean": float(values.mean()), "worst": float(values.min())}
+        rows = [originals, images]
+    write_grid(rows, output)
+    return result
+
+
+def inputs(model: CompiledModel, count: int, seed: int, label: int | None, pool: Path | None) -> tuple[Tensor, list[Tensor]]:
+    """Noise and conditions for `count` images; labels in turn unless one is asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = draw_noise(model.signature, count, generator)
+    tensors = {}
+    if pool is not None:
+        from safetensors.torch import load_file
+
+        tensors = dict(load_file(pool))
+    conditions = draw_conditions(model.signature, count, generator, tensors)
+    for index, spec in enumerate(model.signature.conditions):
+        if spec.num_classes is not None and spec.name not in tensors:
+            if label is not None and not 0 <= label < spec.num_classes:
+                raise InputError(f"--label: got {label}, allowed 0 to {spec.num_classes - 1}")
+            conditions[index] = torch.arange(count) % spec.num_classes if label is None else torch.full((count,), label)
+    return noise, conditions
+
+
+def generate(model: CompiledModel, denoiser: Any, noise: Tensor, conditions: list[Tensor], seed: int) -> Tensor:
+    """Images [N, C, H, W] from a denoiser, in batches, with the compiled model's sampler."""
+    parts = []
+    for number, rows in enumerate(torch.arange(noise.shape[0]).split(_BATCH)):
+        generator = torch.Generator().manual_seed(seed + number)
+        parts.append(run_sampler(denoiser, model.sampler, noise[rows], [c[rows] for c in conditions], generator=generator))
+    return torch.cat(parts)
+
+
+def columns_for(signature: Signature, count: int) -> int:
+    """Images per row: one of each class, else a near-square."""
+    classes = next((s.num_classes for s in signature.conditions if s.num_classes), None)
+    return min(count, classes) if classes and classes <= 20 else max(1, round(count**0.5))
+
+
+def write_grid(rows: list[Tensor], path: Path, columns: int = 16, zoom: int = 3) -> None:
+    """Write images in [-1, 1] as a PNG; with two sets each strip shows the first above the second.
+
+    Args:
+        rows: one or two tensors [N, C, H, W] with C 1, 3 or more (the first three channels are shown).
+    """
+    count = rows[0].shape[0]
+    columns = min(columns, count)
+    strips = []
+    for start in range(0, count, columns):
+        for images in rows:
+            strip = images[start : start + columns]
+            missing = columns - strip.shape[0]
+            if missing:
+                strip = torch.cat((strip, strip.new_full((missing, *strip.shape[1:]), 1.0)))
+            strips.append(torch.cat(list(torch.nn.functional.pad(strip, (1, 1, 1, 1), value=1.0)), dim=2))
+    picture = ((torch.cat(strips, dim=1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    picture = picture[:1].repeat(3, 1, 1) if picture.shape[0] < 3 else picture[:3]
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print what was written."""
+    out = console()
+    out.print(f"{result['count']} images, {result['steps']} steps → {result['output']}")
+    if "psnr_db" in result:
+        value = result["psnr_db"]
+        out.print(
+            f"PSNR to the float model from the same noise: median {value['median']:.1f}, mean {value['mean']:.1f}, worst {value['worst']:.1f} dB"
+        )

@@ -1,0 +1,102 @@
+"""Terminal output: summaries and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from edadm_compile.report.truth import totals, truth_table
+from edadm_compile.runtime.artifact import Artifact
+
+
+def console() -> Console:
+    """A console for results (standard output), wide enough for tables when not a terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=160)
+
+
+def human(size: float) -> str:
+    """Bytes as kB or MB."""
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
+    """Everything ``inspect`` shows, as plain values."""
+    manifest = artifact.manifest
+    config = manifest.get("config", {})
+    rows = truth_table(artifact.lowered, f"w{config.get('weight_bits')}a{config.get('act_bits')}")
+    signature = artifact.lowered.signature
+    return {
+        "format": manifest.get("format"),
+        "file_bytes": size,
+        "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")} for s in signature.inputs],
+        "sampler": {**artifact.lowered.sampler.scheduler, "steps": artifact.lowered.sampler.steps},
+        "layers": rows,
+        "totals": totals(rows),
+        **{k: manifest.get(k) for k in ("average_bits", "config", "source", "quality", "allocation", "versions")},
+    }
+
+
+def print_inspect(report: dict[str, Any]) -> None:
+    """Print the truth table, totals and provenance."""
+    out = console()
+    table = Table(title=f"{report['config']['method']} w{report['config']['weight_bits']}a{report['config']['act_bits']}", title_justify="left")
+    for name, justify in (
+        ("layer", "left"),
+        ("kind", "left"),
+        ("shape", "left"),
+        ("asked", "left"),
+        ("runs", "left"),
+        ("bytes", "right"),
+        ("why", "left"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=name == "layer", overflow="fold")  # type: ignore[arg-type]
+    for row in report["layers"]:
+        shape = "x".join(map(str, row["shape"]))
+        colour = {"float": "yellow", "table": "cyan"}.get(row["executed"], "")
+        table.add_row(row["layer"], row["kind"], shape, row["requested"], row["executed"], str(row["bytes"] or ""), row["note"], style=colour)
+    out.print(table)
+    t, source = report["totals"], report["source"]
+    out.print(
+        f"{t['quantized_layers']} layers in integers, {t['folded_layers']} folded into tables, {t['float_layers']} in float; "
+        f"average weight width {report['average_bits']:.2f} bits"
+    )
+    out.print(f"weights of quantized layers {human(t['bytes'])}, {t['ratio_to_fp16']} of fp16; file {human(report['file_bytes'])}")
+    if report["quality"]:
+        out.print(f"noise-prediction SQNR against the float model {_db(report['quality']['sqnr'])}")
+    out.print(
+        f"source {source.get('class')} {source.get('file', '')} sha256 {str(source.get('sha256', 'unknown'))[:16]}, {source['parameters']:,} parameters"
+    )
+    sampler = report["sampler"]
+    out.print(f"sampler {sampler['_class_name']}, {sampler['steps']} steps; seed {report['config']['seed']}; made with {report['versions']}")
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print what a compilation did."""
+    out = console()
+    table = Table(show_header=False, title=f"{summary['model'].get('file', summary['model']['class'])} → {summary['output']}", title_justify="left")
+    size, weights = summary["bytes"], summary["weights"]
+    table.add_row("method", f"{summary['method']} {summary['config']}, {summary['blocks']} blocks reconstructed")
+    table.add_row("layers", ", ".join(f"{count} {width}" for width, count in summary["layers"].items()))
+    table.add_row("average weight width", f"{summary['average_weight_bits']:.2f} bits ({len(summary['promoted'])} layers promoted to 8)")
+    table.add_row("weights of quantized layers", f"{human(weights['fp16_bytes'])} fp16 → {human(weights['bytes'])} ({weights['ratio_to_fp16']:.3f}x)")
+    table.add_row("model", f"{human(size['fp32_parameters'])} fp32, {human(size['fp16_parameters'])} fp16 → {human(size['file'])} file")
+    if summary["sqnr_db"]:
+        quality = summary["sqnr_db"]
+        table.add_row(
+            "noise SQNR against float",
+            f"{_db(quality['sqnr'])} over all steps, worst step {_db(min(v for v in quality['per_step'] if v is not None))}",
+        )
+    stages = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in summary["seconds"].items() if v >= 0.5)
+    table.add_row("time", f"{summary['total_seconds']:.0f} s ({stages})")
+    out.print(table)
+    for name, reason in summary["float_layers"].items():
+        out.print(f"float: {name}: {reason}", highlight=False)
+    for note in summary["notes"]:
+        out.print(f"note: {note}", highlight=False)
+
+
+def _db(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"

@@ -1,0 +1,68 @@
+"""The truth table: for every layer what was asked, what executes, why, and what it weighs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import fx
+
+from edadm_compile.ir.analysis import constant_target
+from edadm_compile.ir.program import LayerInfo, Program, get_constant, layer_of
+
+
+def truth_table(program: Program, requested: str) -> list[dict[str, Any]]:
+    """One row per layer of a lowered program, in execution order, then the folded ones.
+
+    Args:
+        requested: width asked for, such as "w4a8".
+
+    Returns:
+        rows with layer, kind, shape, role, requested, executed, note, bytes (as stored, with scales) and fp16_bytes.
+    """
+    rows = [_row(program, node, info, requested) for node in program.graph_module.graph.nodes if (info := layer_of(node))]
+    if program.time is not None:
+        for name in program.time.folded:
+            note = "depends on the timestep alone: folded into a table, exact, never runs in the sampler"
+            rows.append({"layer": name, "kind": "linear", "shape": [], "role": "time", "requested": requested,
+                         "executed": "table", "note": note, "bytes": 0, "fp16_bytes": 0})  # fmt: skip
+    return rows
+
+
+def _row(program: Program, node: fx.Node, info: LayerInfo, requested: str) -> dict[str, Any]:
+    integer = info.executed != "float"
+    weighted = bool(info.weight_shape)
+    return {
+        "layer": info.name,
+        "kind": info.kind,
+        "shape": list(info.weight_shape),
+        "role": info.role,
+        "requested": requested if weighted else ("w8a8" if integer else "float"),
+        "executed": info.executed,
+        "note": info.note,
+        "bytes": _stored(program, node, integer) if weighted else 0,
+        "fp16_bytes": 2 * math.prod(info.weight_shape) if weighted else 0,
+    }
+
+
+def _stored(program: Program, node: fx.Node, integer: bool) -> int:
+    """Bytes of a layer's weight in the file: packed codes and one float32 scale per channel, or the float weight."""
+    target = constant_target(node.args[1])
+    assert target is not None
+    weight = get_constant(program.graph_module, target)
+    channels = weight.shape[0] if integer else 0
+    return weight.numel() * weight.element_size() + 4 * channels
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over the rows that execute in integers."""
+    quantized = [r for r in rows if r["executed"] not in ("float", "table") and r["fp16_bytes"]]
+    stored, fp16 = sum(r["bytes"] for r in quantized), sum(r["fp16_bytes"] for r in quantized)
+    return {
+        "quantized_layers": len(quantized),
+        "float_layers": sum(r["executed"] == "float" for r in rows),
+        "folded_layers": sum(r["executed"] == "table" for r in rows),
+        "bytes": stored,
+        "fp16_bytes": fp16,
+        "ratio_to_fp16": round(stored / fp16, 4) if fp16 else None,
+    }
