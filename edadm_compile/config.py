@@ -161,7 +161,8 @@ def from_dict(values: dict[str, Any], where: str = "configuration") -> QuantConf
     tdac = _build(TdacConfig, values.pop("tdac", {}), f"{where}: [tdac]")
     recon = _build(ReconstructionConfig, values.pop("reconstruction", {}), f"{where}: [reconstruction]")
     rules = tuple(_build(LayerRule, rule, f"{where}: [[rules]]") for rule in values.pop("rules", ()))
-    return _build(QuantConfig, values, where, tdac=tdac, reconstruction=recon, rules=rules)
+    config: QuantConfig = _build(QuantConfig, values, where, tdac=tdac, reconstruction=recon, rules=rules)
+    return config
 
 
 def load_config(path: Path) -> dict[str, Any]:

@@ -31,10 +31,10 @@ def bottleneck(program: Program, override: str | None = None) -> fx.Node:
     """
     graph = program.graph_module.graph
     if override is not None:
-        for node in graph.nodes:
-            if node.name == override:
-                return node
-        raise CalibrationError(f"bottleneck: no node called {override!r} in the float graph")
+        named: fx.Node | None = next((n for n in graph.nodes if n.name == override), None)
+        if named is None:
+            raise CalibrationError(f"bottleneck: no node called {override!r} in the float graph")
+        return named
     dependent = x_dependent(graph)
     maps = [n for n in graph.nodes if n in dependent and n.op == "call_function" and len(shape_of(n)) == 4 and n.meta.get("dtype") == torch.float32]
     maps = [n for n in maps if shape_of(n)[2] > 1 and shape_of(n)[3] > 1] or maps

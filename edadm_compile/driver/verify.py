@@ -75,7 +75,7 @@ def _same_inputs(program: Program, loaded: Artifact) -> None:
 
 def _same_model(source: Source, loaded: Artifact) -> bool:
     """Whether the reference file is byte for byte the one that was compiled."""
-    return source.origin.get("sha256") == loaded.manifest["source"].get("sha256")
+    return bool(source.origin.get("sha256") == loaded.manifest["source"].get("sha256"))
 
 
 def _states(program: Program, x: Tensor, conditions: list[Tensor]) -> list[Tensor]:

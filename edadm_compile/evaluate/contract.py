@@ -53,7 +53,8 @@ class _Capture(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         info = layer_of(n)
         if info is not None and info.weight_bits < 32:
-            codes = [self.env[a.args[0]] for a in n.args[:2] if isinstance(a, fx.Node) and op_name(a.target) == "edadm.dequantize.default"]
+            pairs = [a for a in n.args[:2] if isinstance(a, fx.Node) and op_name(a.target) == "edadm.dequantize.default"]
+            codes = [self.env[pair.all_input_nodes[0]] for pair in pairs]
             self._visit(n, codes)
         return super().run_node(n)
 
@@ -139,8 +140,8 @@ def _simulated_constants(qdq: Program, node: fx.Node) -> tuple[Tensor, Tensor, T
     def constant(value: Any) -> Tensor:
         return get_constant(module, str(value.target)).double()
 
-    _codes, scale, zero = node.args[0].args  # type: ignore[union-attr, misc]
-    w_q, w_scale, bits, shape, axis = node.args[1].args  # type: ignore[union-attr, misc]
+    _codes, scale, zero = node.args[0].args  # type: ignore[union-attr]
+    w_q, w_scale, bits, shape, axis = node.args[1].args  # type: ignore[union-attr]
     codes = packing.unpack(get_constant(module, str(w_q.target)), bits, shape).double()  # type: ignore
     bias = node.args[2] if len(node.args) > 2 else None
     float_bias = constant(bias) if isinstance(bias, fx.Node) else torch.zeros(1, dtype=torch.float64)

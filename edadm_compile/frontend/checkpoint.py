@@ -96,10 +96,10 @@ def diffusers_source(
     model: nn.Module, sampler: SamplerSpec, shape: tuple[int, int, int] | None, pool: dict[str, Tensor], origin: dict[str, Any]
 ) -> Source:
     """A source for a diffusers UNet: labels are drawn at random, other conditions come from the user's tensors."""
-    classes = getattr(model.config, "num_class_embeds", None)  # type: ignore[union-attr]
+    classes = getattr(model.config, "num_class_embeds", None)
     labelled = {} if classes is None or "class_labels" in pool else {"class_labels": int(classes)}
     if "encoder_hidden_states" not in pool and type(model).__name__ == "UNet2DConditionModel":
-        width = getattr(model.config, "cross_attention_dim", "D")  # type: ignore[union-attr]
+        width = getattr(model.config, "cross_attention_dim", "D")
         raise InputError(
             f"UNet2DConditionModel needs text conditions: give calibration values with --cond FILE.safetensors holding "
             f"'encoder_hidden_states' [N, tokens, {width}]"

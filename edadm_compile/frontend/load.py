@@ -85,7 +85,7 @@ def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor],
             f"{path} is a bare state dict ({len(value)} tensors); name the code that builds the model with --factory package.module:callable"
         )
     raise InputError(
-        f"{path} holds a {type(value).__name__}, not a model; expected a checkpoint dictionary (docs/quantization.md), a .pt2 archive or a diffusers folder"
+        f"{path} holds a {type(value).__name__}, not a model; expected a checkpoint dictionary (docs/inputs.md), a .pt2 archive or a diffusers folder"
     )
 
 
@@ -149,7 +149,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
         except Exception as error:
             raise InputError(f"{path} is not a safetensors file: {error}") from None
     try:

@@ -41,11 +41,11 @@ class Calibrate:
             scale, zero_point = observers[node].affine(quantizer, node.name, minmax=ctx.config.is_baseline)
             quantizer.set_affine(scale, zero_point)
             ctx.progress.advance(1, node.name)
-        for node, quantizer in weight_quantizers(program):
+        for node, weight_quantizer in weight_quantizers(program):
             weight = get_constant(program.graph_module, str(node.args[0].target))  # type: ignore[union-attr]
             _check_finite(weight, str(node.args[0].target))  # type: ignore[union-attr]
             search = minmax_weight if ctx.config.is_baseline else search_weight
-            quantizer.set_scale(search(weight, quantizer.spec))
+            weight_quantizer.set_scale(search(weight, weight_quantizer.spec))
         ranges = {node.name: [o.low, o.high] for node, o in observers.items()}
         return PassResult(program, True, {"ranges": ranges})
 

@@ -129,7 +129,7 @@ def _fold_constants(program: Program) -> int:
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         with torch.no_grad():
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = node.target(*args, **kwargs)
     for node, value in values.items():
         if node.op != "get_attr" and isinstance(value, Tensor) and any(deps[user] or user.op == "output" for user in node.users):
             _install(program, node, value)

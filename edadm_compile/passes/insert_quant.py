@@ -59,10 +59,10 @@ class InsertQuant:
             if info is None or info.act_bits == 32:
                 continue
             if is_layer(node):
-                x = _quantize_input(program, node, node.args[0], info, shared)  # type: ignore[arg-type]
+                x = _quantize_input(program, node, node.args[0], info, shared)
                 node.args = (x, _quantize_weight(program, node, info), *node.args[2:])
             else:
-                node.args = tuple(_quantize_input(program, node, a, info, shared) for a in node.args[:2])  # type: ignore[arg-type]
+                node.args = tuple(_quantize_input(program, node, a, info, shared) for a in node.args[:2])
         program = finish(replace(program, dialect="fake_quant"))
         return PassResult(program, True, {"activation_quantizers": len(shared)})
 

@@ -93,7 +93,7 @@ class _Trainer:
         for step in range(config.iters):
             optimizer.zero_grad(set_to_none=True)
             loss = self._loss(self._rows()) + self._regulariser(step)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == config.iters:
@@ -103,7 +103,8 @@ class _Trainer:
         return {"before": before, "after": self._mean_loss()}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        narrow, wide = [], []
+        narrow: list[nn.Parameter] = []
+        wide: list[nn.Parameter] = []
         for _, quantizer, weight in self.weights:
             alpha = quantizer.start_rounding(weight)
             (narrow if quantizer.spec.bits <= 4 else wide).append(alpha)
@@ -126,7 +127,7 @@ class _Trainer:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
         run_nodes(self.program.graph_module, self.closure, values)
         out = self.unit.output
-        loss = (values[out] - self.targets[out][rows]).square().mean() / self.energy[out]
+        loss: Tensor = (values[out] - self.targets[out][rows]).square().mean() / self.energy[out]
         for node in self.watched:
             part = (values[node] - self.targets[node][rows]).square().mean() / self.energy[node]
             loss = loss + self.config.layer_loss_weight * part

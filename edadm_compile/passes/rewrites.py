@@ -51,10 +51,10 @@ def _inline(module: fx.GraphModule, call: fx.Node) -> None:
             else:
                 mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = {"scope": call.meta.get("scope", ()), "val": node.meta.get("val")}
-    results = fx.node.map_arg(body.graph.output_node().args[0], lambda n: mapping[n])
+    results: Any = fx.node.map_arg(body.graph.output_node().args[0], lambda n: mapping[n])
     for user in list(call.users):
         if op_name(user.target) == "operator.getitem":
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index, arg-type]
+            user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
     if call.users:
         call.replace_all_uses_with(results[0] if isinstance(results, (tuple, list)) else results)
@@ -164,7 +164,7 @@ def unify_linears(program: Program) -> int:
         else:
             continue
         target = constant_target(w)
-        if target is None or len(shape_of(w)) != 2 or (bias is not None and constant_target(bias) is None):  # type: ignore[arg-type]
+        if target is None or len(shape_of(w)) != 2 or (bias is not None and constant_target(bias) is None):
             continue
         _to_linear(program, node, x, target, bias)
         count += 1

@@ -177,7 +177,7 @@ def check_coverage(module: fx.GraphModule, model: nn.Module, signature: Signatur
         CaptureError: naming the missing layers.
     """
     reached = {str(n.target) for n in _all_nodes(module) if n.op == "get_attr"}
-    missing = {
+    missing: dict[str, nn.Module] = {
         name: m
         for name, m in model.named_modules()
         if isinstance(m, _LAYER_TYPES)
@@ -206,11 +206,10 @@ def check_coverage(module: fx.GraphModule, model: nn.Module, signature: Signatur
 
 def _all_nodes(module: fx.GraphModule) -> list[fx.Node]:
     nodes = list(module.graph.nodes)
-    prefix_free = [n for n in nodes]
     for child in module.children():
         if isinstance(child, fx.GraphModule):
-            prefix_free += _all_nodes(child)
-    return prefix_free
+            nodes += _all_nodes(child)
+    return nodes
 
 
 def _run_and_watch(model: nn.Module, watched: dict[str, nn.Module], signature: Signature) -> set[str]:

@@ -67,7 +67,8 @@ def print_inspect(report: dict[str, Any]) -> None:
     if report["quality"]:
         out.print(f"noise-prediction SQNR against the float model {_db(report['quality']['sqnr'])}")
     out.print(
-        f"source {source.get('class')} {source.get('file', '')} sha256 {str(source.get('sha256', 'unknown'))[:16]}, {source['parameters']:,} parameters"
+        f"source {source.get('class')} {source.get('file', '')} sha256 {str(source.get('sha256', 'unknown'))[:16]}, "
+        f"{source['parameters']:,} parameters"
     )
     sampler = report["sampler"]
     out.print(f"sampler {sampler['_class_name']}, {sampler['steps']} steps; seed {report['config']['seed']}; made with {report['versions']}")

@@ -70,7 +70,8 @@ def to_bytes(artifact: Artifact) -> bytes:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     # One metadata entry only: safetensors writes several in no fixed order.
     checked = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
-    return save(stored, metadata={_KEY: checked})
+    data: bytes = save(stored, metadata={_KEY: checked})
+    return data
 
 
 def write(artifact: Artifact, path: Path) -> int:
@@ -166,7 +167,7 @@ class _Tensors:
         if digest(stored) != record.get("sha256"):
             raise ArtifactError(f"{path} is damaged: its tensors do not match their checksum")
         widened = set(record["float32_stored_as_float16"])
-        self._cache = {name: value.float() if name in widened else value for name, value in stored.items()}
+        self._cache: dict[str, Tensor] = {name: value.float() if name in widened else value for name, value in stored.items()}
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._cache:

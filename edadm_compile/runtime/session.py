@@ -92,11 +92,13 @@ class CompiledModel(nn.Module):
 
 def _conform(spec: InputSpec, value: Any, batch: int) -> Tensor:
     value = torch.as_tensor(value)
+    assert isinstance(value, Tensor)
     if spec.role == "t" and value.numel() == 1:
         value = value.reshape(1).expand(batch)
     if value.shape != (batch, *spec.shape):
         raise InputError(f"input {spec.name!r}: got shape {list(value.shape)}, expected {[batch, *spec.shape]}")
-    return value.to(spec.dtype).contiguous()
+    result: Tensor = value.to(spec.dtype).contiguous()
+    return result
 
 
 def load(path: str | Path, device: str = "cpu", engine: str = "reference") -> CompiledModel:
