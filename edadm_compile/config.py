@@ -91,7 +91,8 @@ class QuantConfig:
         weight_bits, act_bits: requested widths of the inner layers.
         method: "eda-dm", or "minmax" (round to nearest, min-max ranges, uniform timesteps).
         uniform: strict widths: no 16-bit stem input, no promoted layers (first and last layer stay 8-bit).
-        max_average_bits: bound on the average weight width when layers are promoted to 8 bits.
+        promoted_share: largest share of the parameters in 8-bit layers of a narrower model; 0.15 keeps a W4 model at
+            4.6 bits on average.
         attention: "float" or "int8" for the two attention matrix products.
         mean_correction: add the per-step mean error back to the predicted noise.
         calib_samples: calibration samples.
@@ -104,7 +105,7 @@ class QuantConfig:
     act_bits: int = 8
     method: str = "eda-dm"
     uniform: bool = False
-    max_average_bits: float = 4.6
+    promoted_share: float = 0.15
     attention: str = "float"
     mean_correction: bool = True
     calib_samples: int = 512
@@ -128,10 +129,16 @@ class QuantConfig:
         _at_least("reconstruction.iters", self.reconstruction.iters, 0)
         _at_least("reconstruction.batch", self.reconstruction.batch, 1)
         _at_least("reconstruction.max_layers", self.reconstruction.max_layers, 1)
+        for name in ("lr_weight", "lr_scale", "layer_loss_weight", "rounding_weight"):
+            _at_least(f"reconstruction.{name}", getattr(self.reconstruction, name), 0)
         _at_least("tdac.trajectories", self.tdac.trajectories, 1)
+        _at_least("tdac.diversity_weight", self.tdac.diversity_weight, 0)
+        _at_least("tdac.min_per_step", self.tdac.min_per_step, 0)
+        if self.tdac.radius is not None:
+            _at_least("tdac.radius", self.tdac.radius, 0)
         _in_range("reconstruction.qdrop", self.reconstruction.qdrop, 0.0, 1.0)
         _in_range("tdac.radius_quantile", self.tdac.radius_quantile, 0.0, 1.0)
-        _in_range("max_average_bits", self.max_average_bits, 2.0, 8.0)
+        _in_range("promoted_share", self.promoted_share, 0.0, 1.0)
         for rule in self.rules:
             _one_of(f"rule {rule.pattern!r} weight_bits", rule.weight_bits, (*WEIGHT_BITS, 32, None))
             _one_of(f"rule {rule.pattern!r} act_bits", rule.act_bits, (*ACT_BITS, 32, None))
@@ -160,7 +167,10 @@ def from_dict(values: dict[str, Any], where: str = "configuration") -> QuantConf
     values = dict(values)
     tdac = _build(TdacConfig, values.pop("tdac", {}), f"{where}: [tdac]")
     recon = _build(ReconstructionConfig, values.pop("reconstruction", {}), f"{where}: [reconstruction]")
-    rules = tuple(_build(LayerRule, rule, f"{where}: [[rules]]") for rule in values.pop("rules", ()))
+    listed = values.pop("rules", ())
+    if not isinstance(listed, (list, tuple)):
+        raise ConfigError(f"{where}: rules must be a list of tables ([[rules]]), got {listed!r}")
+    rules = tuple(_build(LayerRule, rule, f"{where}: [[rules]]") for rule in listed)
     config: QuantConfig = _build(QuantConfig, values, where, tdac=tdac, reconstruction=recon, rules=rules)
     return config
 
@@ -191,6 +201,9 @@ def _build(cls: type[Any], values: Any, where: str, **extra: Any) -> Any:
             raise ConfigError(f"{where}: unknown setting {key!r}{hint}")
         if not _fits(value, types[key]):
             raise ConfigError(f"{where}: {key} must be {types[key]}, got {value!r}")
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+    if needed:
+        raise ConfigError(f"{where}: {needed[0]} is missing")
     return cls(**values, **extra)
 
 
@@ -209,8 +222,8 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ConfigError(f"{name}: got {value!r}, allowed {', '.join(str(a) for a in allowed if a is not None)}")
 
 
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
+def _at_least(name: str, value: float, lowest: int) -> None:
+    if not lowest <= value < float("inf"):
         raise ConfigError(f"{name}: got {value}, must be at least {lowest}")
 
 

@@ -91,7 +91,7 @@ class CompileResult:
 def capture(source: Source) -> Program:
     """Trace a source and bring it to the canonical float program, ready for calibration."""
     exported, signature = source.export()
-    program = trace(exported, signature, source.sampler, source.module)
+    program = trace(exported, signature, source.sampler, source.module, source.fixed)
     return program
 
 

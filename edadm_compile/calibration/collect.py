@@ -69,12 +69,12 @@ class _FeatureTap(fx.Interpreter):
         return result
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        limit = self._program.signature.max_batch
-        if inputs[0].shape[0] > limit:
+        signature = self._program.signature
+        if not signature.min_batch <= inputs[0].shape[0] <= signature.max_batch:
             parts, features = [], []
-            for piece in zip(*(v.split(limit) for v in inputs), strict=True):
-                parts.append(self(*piece))
-                features.append(self.feature)
+            for piece, rows in signature.batches(inputs):
+                parts.append(self(*piece)[:rows])
+                features.append(self.feature[:rows])
             self.feature = torch.cat(features)
             return torch.cat(parts)
         prediction: Tensor = self.run(*self._program.graph_inputs(inputs))

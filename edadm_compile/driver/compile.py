@@ -116,7 +116,8 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
                 raise ConfigError(f"--{preset} and --{option.replace('_', '-')} {value} contradict each other; give one of them")
             values[name] = value
     if options.get("iters") is not None:
-        values["reconstruction"] = {**values.get("reconstruction", {}), "iters": options["iters"]}
+        listed = values.get("reconstruction", {})
+        values["reconstruction"] = {**listed, "iters": options["iters"]} if isinstance(listed, dict) else listed
     return from_dict(values, str(config_file) if config_file else "command line")
 
 

@@ -46,7 +46,7 @@ def run(
         values = psnr(originals, images)
         result["psnr_db"] = {"median": float(values.median()), "mean": float(values.mean()), "worst": float(values.min())}
         rows = [originals, images]
-    write_grid(rows, output)
+    write_grid(rows, output, columns_for(model.signature, count))
     return result
 
 
@@ -83,7 +83,7 @@ def columns_for(signature: Signature, count: int) -> int:
     return min(count, classes) if classes and classes <= 20 else max(1, round(count**0.5))
 
 
-def write_grid(rows: list[Tensor], path: Path, columns: int = 16, zoom: int = 3) -> None:
+def write_grid(rows: list[Tensor], path: Path, columns: int, zoom: int = 3) -> None:
     """Write images in [-1, 1] as a PNG; with two sets each strip shows the first above the second.
 
     Args:

@@ -51,8 +51,11 @@ def load(
     if value["format"] != FORMAT:
         raise InputError(f"{path}: checkpoint format {value['format']!r}, this version reads {FORMAT!r}")
     missing = [key for key in ("model", "state_dict") if not isinstance(value.get(key), dict)]
+    missing += [key for key in ("scheduler", "sampler") if not isinstance(value.get(key) or {}, dict)]
     if missing:
         raise InputError(f"{path}: checkpoint has no dictionary {missing[0]!r}")
+    if not isinstance(value["model"].get("config") or {}, dict):
+        raise InputError(f"{path}: checkpoint's model has no dictionary 'config'")
     model = build(str(value["model"].get("class_name")), dict(value["model"].get("config") or {}), str(path))
     load_weights(model, value["state_dict"], str(path))
     steps = (value.get("sampler") or {}).get("steps")
@@ -85,6 +88,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
     Raises:
         InputError: missing, unexpected or wrongly shaped tensors.
     """
+    foreign = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    if foreign:
+        raise InputError(f"{where}: state dict entry {foreign[0]!r} is a {type(state[foreign[0]]).__name__}, expected tensors only")
     try:
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     except RuntimeError as error:

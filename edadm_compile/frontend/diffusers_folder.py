@@ -38,6 +38,8 @@ def load(
         config = json.loads(config_file.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{config_file} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{config_file} holds a {type(config).__name__}, expected the configuration of a diffusers UNet")
     spec = sampler(_find_scheduler(model_dir))
     model = checkpoint.build(str(config.get("_class_name")), config, str(config_file))
     files = _weight_files(model_dir)
@@ -59,7 +61,10 @@ def load(
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{_WEIGHTS}.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is not a safetensors index with a weight_map: {error}") from None
         return [folder / Path(name).name for name in names]
     candidates = [folder / f"{_WEIGHTS}.safetensors", folder / f"{_WEIGHTS}.fp16.safetensors"]
     found = [file for file in candidates if file.exists()][:1]

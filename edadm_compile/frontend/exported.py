@@ -46,6 +46,9 @@ def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) ->
     if len(tensors) < 2 or tensors[0][1].dim() != 4 or tensors[1][1].dim() != 1:
         shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in tensors)
         raise InputError(f"{path}: inputs are {shapes or 'missing'}; expected x [B, C, H, W], t [B], then conditions [B, ...]")
+    unknown = sorted(set(pool) - {n for n, _ in tensors[2:]})
+    if unknown:
+        raise InputError(f"{path}: condition {unknown[0]!r} is not an input; the program takes {', '.join(n for n, _ in tensors)}")
     lowest, largest = _batch_range(program, tensors[0][1])
     inputs = []
     for i, (name, value) in enumerate(tensors):
@@ -54,6 +57,8 @@ def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) ->
                 f"{path}: condition {name!r} {list(value.shape)} needs calibration values: --cond FILE.safetensors with a tensor {name!r}"
             )
         sizes = tuple(int(s) for s in value.shape[1:])
+        if i >= 2 and tuple(pool[name].shape[1:]) != sizes:
+            raise InputError(f"{path}: condition {name!r} has rows of shape {list(sizes)}, --cond gives {list(pool[name].shape[1:])}")
         inputs.append(InputSpec(name, sizes, value.dtype, ("x", "t")[i] if i < 2 else "cond"))
     return Signature(tuple(inputs), "tensor", largest, lowest, source="torch.export program")
 
@@ -67,5 +72,5 @@ def _batch_range(program: ExportedProgram, x: Tensor) -> tuple[int, int]:
     lower = 1 if bounds is None else bounds.lower
     try:
         return max(1, int(lower)), min(MAX_BATCH, int(upper))
-    except (TypeError, OverflowError):  # unbounded
+    except (TypeError, OverflowError, AttributeError):  # unbounded: sympy and torch have several infinities
         return max(1, int(lower)), MAX_BATCH

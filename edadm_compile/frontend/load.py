@@ -112,7 +112,7 @@ def _trusted_load(path: Path) -> Any:
 
 def _from_factory(name: str, path: Path) -> nn.Module:
     module = _call_factory(name)
-    state = _state_dict(path)
+    state = _without_prefix(_state_dict(path), set(module.state_dict()))
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -121,7 +121,24 @@ def _from_factory(name: str, path: Path) -> nn.Module:
         raise InputError(
             f"{path} lacks {len(missing)} tensor(s) that {name} needs, such as {missing[0]!r}; unexpected in the file: {list(unexpected)[:3]}"
         )
+    if unexpected:
+        raise InputError(
+            f"{path} holds {len(unexpected)} tensor(s) that the module of {name} has no place for, such as {unexpected[0]!r}: "
+            "the factory builds another model, or the file needs a state dict of the model alone"
+        )
     return module
+
+
+def _without_prefix(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The model's part of a trainer's state dict (``module.``, ``model.diffusion_model.``), when exactly one prefix fits."""
+    if not wanted or wanted <= set(state):
+        return state
+    example = min(wanted)
+    prefixes = [key.removesuffix(example) for key in state if key.endswith(f".{example}")]
+    fitting = [p for p in prefixes if all(p + name in state for name in wanted)]
+    if len(fitting) != 1:
+        return state  # none, or several copies (an average beside the raw weights): the caller names what is missing
+    return {key.removeprefix(fitting[0]): value for key, value in state.items() if key.startswith(fitting[0])}
 
 
 def _call_factory(name: str) -> nn.Module:
@@ -193,8 +210,8 @@ def _sampler(options: LoadOptions, found: dict[str, Any] | None, steps: int | No
             "the sampler is unknown: give a diffusers scheduler configuration with --scheduler scheduler_config.json, for example "
             '{"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}'
         )
-    wanted = options.steps or steps
-    spec = SamplerSpec(config, wanted or 1, options.eta)
+    wanted = steps if options.steps is None else options.steps
+    spec = SamplerSpec(config, 1 if wanted is None else wanted, options.eta)
     if wanted is None:
         spec = SamplerSpec(config, min(_DEFAULT_STEPS, int(make_scheduler(spec).config.num_train_timesteps)), options.eta)
     make_scheduler(spec)  # refuse a bad configuration before any work

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from edadm_compile.errors import InputError
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
-from edadm_compile.passes.trace import export_module, pick_tensor
+from edadm_compile.passes.trace import export_module, pick_tensor, trace
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,16 @@ class Source:
         return {**self.origin, "class": self.signature.source, "parameters": self.parameters()}
 
     def denoiser(self) -> Any:
-        """The float model as ``(x, t, *conditions) -> noise``.
-
-        Raises:
-            InputError: only an exported graph exists.
-        """
+        """The float model as ``(x, t, *conditions) -> noise``: the eager module, else the exported program."""
         module = self.module
         if module is None:
-            raise InputError("this source has no eager model")
+            return trace(*self.export(), self.sampler).fork()
+        dtype = self.signature.inputs[1].dtype
         names = [spec.name for spec in self.signature.conditions]
 
         def call(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
             with torch.no_grad():
-                return pick_tensor(module(x, t, **dict(zip(names, conditions, strict=True)), **self.fixed))
+                return pick_tensor(module(x, t.to(dtype), **dict(zip(names, conditions, strict=True)), **self.fixed))
 
         return call
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,16 @@ class Signature:
     def conditions(self) -> tuple[InputSpec, ...]:
         """Inputs after x and t."""
         return self.inputs[2:]
+
+    def batches(self, inputs: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
+        """Slices of `inputs` [N, ...] that the captured graph accepts, each with how many of its rows count.
+
+        A graph with a fixed batch needs the last slice filled up: its first rows are repeated.
+        """
+        for piece in zip(*(v.split(self.max_batch) for v in inputs), strict=True):
+            rows = piece[0].shape[0]
+            size = max(rows, self.min_batch)
+            yield [v.repeat(-(-size // rows), *[1] * (v.dim() - 1))[:size] for v in piece], rows
 
 
 @dataclass(frozen=True)
@@ -192,21 +202,13 @@ class Program:
         return values
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run the graph on x [B, ...], t [B] and conditions; slices batches above the captured maximum."""
-        largest = self.signature.max_batch
-        if inputs[0].shape[0] > largest:
-            pieces = zip(*(v.split(largest) for v in inputs), strict=True)
-            return torch.cat([self(*piece) for piece in pieces])
-        if inputs[0].shape[0] < self.signature.min_batch:
-            return self._padded(inputs)
+        """Run the graph on x [B, ...], t [B] and conditions; other batches than captured are sliced and filled up."""
+        t = inputs[1].to(self.signature.inputs[1].dtype)  # samplers hand integers to models of continuous time too
+        inputs = (inputs[0], t, *inputs[2:])
+        if not self.signature.min_batch <= inputs[0].shape[0] <= self.signature.max_batch:
+            return torch.cat([self(*piece)[:rows] for piece, rows in self.signature.batches(inputs)])
         result: Tensor = self.graph_module(*self.graph_inputs(inputs))
         return result
-
-    def _padded(self, inputs: Sequence[Tensor]) -> Tensor:
-        batch = inputs[0].shape[0]
-        repeats = -(-self.signature.min_batch // batch)
-        padded = [v.repeat(repeats, *[1] * (v.dim() - 1))[: self.signature.min_batch] for v in inputs]
-        return self(*padded)[:batch]
 
 
 def placeholders(graph: fx.Graph) -> list[str]:
@@ -233,6 +235,14 @@ def set_constant(module: torch.nn.Module, target: str, value: Tensor) -> None:
     if hasattr(module, leaf):
         delattr(module, leaf)
     module.register_buffer(leaf, value.detach())
+
+
+def child_name(module: torch.nn.Module, base: str, leaf: str) -> str:
+    """A dotted name for a constant that belongs to `base`: ``base.leaf``, or ``base_leaf`` where `base` is itself a tensor."""
+    value: Any = module
+    for part in base.split("."):
+        value = getattr(value, part, None)
+    return f"{base}_{leaf}" if isinstance(value, Tensor) else f"{base}.{leaf}"
 
 
 def layer_of(node: fx.Node) -> LayerInfo | None:

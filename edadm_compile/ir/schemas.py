@@ -8,10 +8,13 @@ Common arguments: ``x_q`` are activation codes (int8, or int16 for 16 bits), ``w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from edadm_compile.quant.packing import packed_columns
 
 LIBRARY = torch.library.Library("edadm", "DEF")
 
@@ -42,7 +45,18 @@ def _dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 @torch.library.register_fake("edadm::dequantize_weight", lib=LIBRARY)
 def _dequantize_weight(w_q: Tensor, scale: Tensor, bits: int, shape: Sequence[int], axis: int) -> Tensor:
-    return scale.new_empty(tuple(shape))
+    sizes = list(shape)
+    if axis == 1:  # stored output channels first, returned the way a transposed convolution reads it
+        sizes[0], sizes[1] = sizes[1], sizes[0]
+    return scale.new_empty(sizes)
+
+
+def _check_layer(channels: int, w_q: Tensor, multiplier: Tensor, bias: Tensor, bits: int, shape: Sequence[int]) -> None:
+    """Refuse operands that do not belong together (a loaded program is checked this way before anything runs)."""
+    torch._check(channels == shape[1], lambda: f"{channels} input channels, the weight {list(shape)} takes {shape[1]}")
+    stored = (shape[0], packed_columns(math.prod(shape[1:]), bits))
+    torch._check(tuple(w_q.shape) == stored, lambda: f"packed weight {list(w_q.shape)}, {list(shape)} takes {list(stored)}")
+    torch._check(multiplier.shape == bias.shape == (shape[0],), lambda: f"multiplier and bias must be [{shape[0]}]")
 
 
 @torch.library.register_fake("edadm::qconv2d", lib=LIBRARY)
@@ -50,6 +64,7 @@ def _qconv2d(
     x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor, pad_value: int, stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int], groups: int, bits: int, shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
+    _check_layer(x_q.shape[1] // groups, w_q, multiplier, bias, bits, shape)
     size = [(x_q.shape[2 + i] + 2 * padding[i] - dilation[i] * (shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)]
     return multiplier.new_empty((x_q.shape[0], shape[0], *size))
 
@@ -60,12 +75,14 @@ def _qconv_transpose2d(
     padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int], groups: int, bits: int,
     shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
+    _check_layer(x_q.shape[1], w_q, multiplier, bias, bits, shape)
     size = [(x_q.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (shape[2 + i] - 1) + output_padding[i] + 1 for i in range(2)]
     return multiplier.new_empty((x_q.shape[0], shape[0], *size))
 
 
 @torch.library.register_fake("edadm::qlinear", lib=LIBRARY)
 def _qlinear(x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    _check_layer(x_q.shape[-1], w_q, multiplier, bias, bits, shape)
     return multiplier.new_empty((*x_q.shape[:-1], shape[0]))
 
 

@@ -32,6 +32,8 @@ def _int_mm_is_exact() -> bool:
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact product of int8 [M, K] and int8 [N, K] (transposed), int32 [M, N]."""
+    if a.shape[1] == 1:  # torch._int_mm returns uninitialised memory for K = 1 (seen with torch 2.13)
+        return a.to(torch.int32) * b.T.to(torch.int32)
     if _int_mm_is_exact():
         return torch._int_mm(a, b.T)
     return (a.double() @ b.double().T).to(torch.int32)  # exact: |acc| < 2^31 < 2^53

@@ -8,26 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from edadm_compile.calibration.dataset import Trajectories
-from edadm_compile.ir.analysis import (
-    BATCH,
-    dependencies,
-    is_layer,
-    layer_weight,
-    shape_of,
-    weight_node,
-    x_dependent,
-)  # fmt: skip
+from edadm_compile.ir.analysis import BATCH, constant_target, dependencies, is_layer, layer_weight, shape_of, weight_node, x_dependent
 from edadm_compile.ir.ops import LAYER_OPS, op_name
-from edadm_compile.ir.program import LayerInfo, Program, get_constant, layer_of
+from edadm_compile.ir.program import LayerInfo, Program, layer_of
 from edadm_compile.passes.base import Context, PassResult
-from edadm_compile.passes.insert_quant import layer_name, weight_axis
+from edadm_compile.passes.insert_quant import layer_name
 from edadm_compile.passes.rewrites import argument
-from edadm_compile.quant.affine import per_channel, weight_codes
-from edadm_compile.quant.observers import search_weight
-from edadm_compile.quant.spec import weight_spec
+from edadm_compile.passes.sensitivity import sensitivities
 
 #: Products of two activations, and layers without an integer lowering: operator -> kind in the truth table.
 _PRODUCTS = {
@@ -37,8 +26,6 @@ _PRODUCTS = {
     "aten.mm.default": "matmul", "aten.addmm.default": "matmul", "aten.bilinear.default": "bilinear",
     "aten.conv_transpose1d.default": "conv_transpose1d", "aten.convolution.default": "convolution",
 }  # fmt: skip
-#: Sampler states and trajectories on which sensitivity is measured.
-_STATES, _TRAJECTORIES = 8, 6
 #: Above this many parameters one forward per layer is too slow; the resolution rule decides instead.
 _MEASURE_LIMIT = 100_000_000
 #: Promotion stops when the predicted signal-to-noise ratio of the remaining weights passes this (dB).
@@ -53,8 +40,8 @@ class AssignWidths:
     2. layer that writes the output (head) → W8A8
     3. layer of the time path that was not folded, or without an integer lowering → float, with the reason
     4. every other layer → the requested widths
-    5. below 8-bit weights, unless uniform: layers whose rounding hurts the output most per stored bit → W8, while the
-       average width stays within ``max_average_bits``; below 8-bit activations their inputs → A8
+    5. below 8 bits, unless uniform: layers whose rounding hurts the output most per stored bit → W8, inputs at least
+       A8, while all 8-bit layers together hold at most ``promoted_share`` of the parameters
     6. the user's rules, last
     """
 
@@ -88,7 +75,7 @@ def _roles(program: Program) -> dict[fx.Node, str]:
     roles: dict[fx.Node, str] = {}
     for node in layers:
         if node not in dependent:
-            roles[node] = "time" if deps[node] <= {t, BATCH} else "conditioning"
+            roles[node] = "constant" if deps[node] <= {BATCH} else "time" if deps[node] <= {t, BATCH} else "conditioning"
         else:
             roles[node] = "head" if node in heads else "stem" if node in stems else "inner"
     return roles
@@ -129,6 +116,14 @@ def _default_info(program: Program, node: fx.Node, role: str, ctx: Context) -> L
 def _no_lowering(node: fx.Node, kind: str, role: str) -> str:
     if role == "time":
         return "time path that could not be folded into a table"
+    if role == "constant":
+        return "its input is the same for every sample and step"
+    bias = argument(node, 2, "bias")
+    if bias is not None and constant_target(bias) is None:
+        return "its bias is computed while the model runs"
+    rank = len(shape_of(weight_node(node))), len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    if rank[0] != (2 if kind == "linear" else 4) or (kind != "linear" and rank[1] != 4):
+        return f"weight with {rank[0]} dimensions on an input with {rank[1]} has no integer lowering"
     if kind == "conv_transpose2d" and argument(node, 6, "groups", 1) != 1:
         return "grouped transposed convolution has no integer lowering"
     if node.meta.get("dtype") not in (None, torch.float32):
@@ -146,15 +141,23 @@ def _annotate_products(program: Program, ctx: Context) -> None:
         scope = node.meta.get("scope", ())
         label = f"{scope[-1] if scope else 'top'}.{node.name}"
         info = LayerInfo(label, kind, ())
-        if kind == "matmul" and ctx.config.attention == "int8" and name == "aten.matmul.default":
+        if ctx.config.attention == "int8" and name == "aten.matmul.default" and _same_batches(node):
             node.meta["layer"] = replace(info, weight_bits=8, act_bits=8)
         else:
             note = "product of two activations, float library kernel (--attention int8 quantizes it)"
+            if kind == "matmul" and any(constant_target(a) for a in node.all_input_nodes):
+                note = "product with a constant in an unusual form has no integer lowering"
             if kind not in ("attention", "matmul"):
                 note = f"{name} with a computed weight or an unusual form has no integer lowering"
             elif ctx.config.attention == "int8":
                 note = "attention with a mask, dropout or an unusual form stays float"
             node.meta["layer"] = replace(info, note=note)
+
+
+def _same_batches(node: fx.Node) -> bool:
+    """Whether both operands of a matmul have the same leading sizes (nothing is broadcast)."""
+    a, b = (shape_of(n) for n in node.args[:2])  # type: ignore[arg-type]
+    return len(a) == len(b) >= 2 and a[:-2] == b[:-2]
 
 
 def _layer_nodes(program: Program) -> list[fx.Node]:
@@ -166,6 +169,13 @@ def average_bits(program: Program) -> float:
     infos = [i for n in _layer_nodes(program) if (i := layer_of(n))]
     total = sum(math.prod(i.weight_shape) for i in infos)
     return sum(math.prod(i.weight_shape) * i.weight_bits for i in infos) / total if total else 0.0
+
+
+def _wide_share(program: Program, promoted: list[str]) -> float:
+    """Share of the parameters in layers that are 8 bits wide by role or by promotion."""
+    infos = [i for n in _layer_nodes(program) if (i := layer_of(n))]
+    wide = [i for i in infos if i.role in ("stem", "head") or i.name in promoted]
+    return sum(math.prod(i.weight_shape) for i in wide) / sum(math.prod(i.weight_shape) for i in infos)
 
 
 def _promote(program: Program, ctx: Context) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def _promote(program: Program, ctx: Context) -> dict[str, Any]:
         assert info is not None
         note = "promoted: most output error per bit" if measured else "promoted: works at the input resolution"
         node.meta["layer"] = replace(info, weight_bits=8, act_bits=max(8, info.act_bits), note=note)
-        if average_bits(program) > config.max_average_bits:
+        if _wide_share(program, promoted=[*promoted, info.name]) > config.promoted_share:
             node.meta["layer"] = info
             continue
         remaining -= errors[node]
@@ -201,66 +211,6 @@ def at_input_resolution(program: Program, node: fx.Node) -> bool:
     size = program.signature.inputs[0].shape[1:]
     source = node.args[0]
     return any(isinstance(n, fx.Node) and shape_of(n)[2:] == size for n in (node, source)) and len(size) == 2
-
-
-def sensitivities(program: Program, nodes: Sequence[fx.Node], bits: int, ctx: Context) -> tuple[dict[fx.Node, float], float]:
-    """Squared output error when one layer's weight is rounded to `bits`, all else float, and the squared output.
-
-    Measured on a few float trajectories at evenly spread sampler steps plus the last two, where the error is
-    largest; only nodes downstream of the layer are recomputed.
-    """
-    inputs = measurement_inputs(ctx.calibration.trajectories)
-    module, graph = program.graph_module, program.graph_module.graph
-    values: dict[fx.Node, Any] = {}
-    order = list(graph.nodes)
-    arguments = iter(program.graph_inputs(inputs))
-    ctx.progress.stage("sensitivity", len(nodes))
-    with torch.no_grad():
-        for node in order:
-            values[node] = next(arguments) if node.op == "placeholder" else evaluate(node, values, module)
-        reference = values[graph.output_node()]
-        errors = {}
-        for node in nodes:
-            errors[node] = _error_with(node, bits, program, order, values, reference)
-            ctx.progress.advance(1, layer_name(node))
-    return errors, float(reference.double().square().sum())
-
-
-def measurement_inputs(trajectories: Trajectories) -> list[Tensor]:
-    """A few states of the float trajectories as one batch of model inputs."""
-    steps = trajectories.t.numel()
-    spread = torch.linspace(0, steps - 1, min(_STATES - 1, steps)).round().long()
-    chosen = torch.cat((spread, torch.tensor([max(steps - 2, 0), steps - 1]))).unique()
-    count = min(_TRAJECTORIES, trajectories.x.shape[1])
-    x = trajectories.x[chosen, :count].flatten(0, 1)
-    t = trajectories.t[chosen].repeat_interleave(count)
-    conditions = [c[:count].repeat(chosen.numel(), *[1] * (c.dim() - 1)) for c in trajectories.conditions]
-    return [x, t, *conditions]
-
-
-def evaluate(node: fx.Node, values: dict[fx.Node, Any], module: fx.GraphModule) -> Any:
-    """Value of one node from the values of its inputs."""
-    if node.op == "get_attr":
-        return get_constant(module, str(node.target))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-    if node.op == "output":
-        return args[0]
-    target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-    return target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _error_with(layer: fx.Node, bits: int, program: Program, order: list[fx.Node], values: dict[fx.Node, Any], reference: Tensor) -> float:
-    weight = layer_weight(program, layer)
-    spec = weight_spec(bits, weight_axis(layer))
-    scale = search_weight(weight, spec, candidates=40)
-    constant = weight_node(layer)
-    assert constant is not None
-    rounded = weight_codes(weight, scale, spec).float() * per_channel(scale, weight.dim(), spec.axis)
-    changed: dict[fx.Node, Any] = {constant: rounded}
-    for node in order:
-        if node not in changed and any(n in changed for n in node.all_input_nodes):
-            changed[node] = evaluate(node, {n: changed.get(n, values[n]) for n in node.all_input_nodes}, program.graph_module)
-    return float((changed[order[-1]] - reference).double().square().sum())
 
 
 def _apply_rules(program: Program, ctx: Context) -> None:

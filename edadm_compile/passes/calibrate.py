@@ -78,7 +78,9 @@ class _Observer:
 
     def update(self, x: Tensor, keep: int, generator: torch.Generator) -> None:
         low, high = torch.aminmax(x)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        # Tensors, because min() and max() of Python would drop a NaN.
+        self.low = float(torch.minimum(low, torch.tensor(self.low)))
+        self.high = float(torch.maximum(high, torch.tensor(self.high)))
         flat = x.reshape(-1)
         picked = torch.randint(0, flat.numel(), (min(keep, flat.numel()),), generator=generator)
         self.parts.append(flat[picked])

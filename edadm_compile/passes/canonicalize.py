@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import constant_target, dependencies, propagate_shapes
-from edadm_compile.ir.ops import op_name
+from edadm_compile.ir.ops import LAYER_OPS, op_name
 from edadm_compile.ir.program import Program, get_constant, set_constant
-from edadm_compile.passes import rewrites
+from edadm_compile.passes import linear_forms, rewrites
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.passes.trace import check_ops
 
@@ -22,6 +22,8 @@ _IDENTITIES = {
     "aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default",
     "aten.lift_fresh_copy.default", "aten.dropout.default",
 }  # fmt: skip
+#: Operators whose second operand may be a weight.
+_WEIGHTED = {*LAYER_OPS, "aten.conv1d.default", "aten.conv_transpose1d.default", "aten.conv1d.padding", "aten.conv2d.padding", "aten.matmul.default"}
 _CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default"}
 
 
@@ -35,9 +37,10 @@ class Canonicalize:
     4. clone, contiguous, alias, detach, dropout in eval mode, casts to the same type → their input
     5. operators of constants only → a constant
     6. conv1d, convolution, conv2d(padding="same") → conv2d; conv_transpose1d → conv_transpose2d
-    7. addmm, mm, matmul with a constant matrix → linear
+    7. addmm, mm, matmul, einsum with a constant matrix on either side → linear
     8. batch_norm after a convolution → scaled weight and bias
     9. x * sigmoid(x) → silu
+    10. a weight that several layers read → one constant and one name for each
     """
 
     name: str = "canonicalize"
@@ -58,10 +61,13 @@ class Canonicalize:
         finish(program)
         propagate_shapes(program)
         counts["convolutions"] = rewrites.unify_convolutions(program)
-        counts["linears"] = rewrites.unify_linears(program)
+        finish(program)
+        propagate_shapes(program)
+        counts["linears"] = linear_forms.unify_linears(program)
         counts["batch_norms"] = rewrites.fold_batch_norm(program)
         counts["swish"] = rewrites.match_swish(graph)
         _fold_constants(program)
+        counts["separated"] = linear_forms.separate_layers(program)
         finish(program)
         check_ops(program)
         propagate_shapes(program)
@@ -122,10 +128,12 @@ def _fold_constants(program: Program) -> int:
     values: dict[fx.Node, Any] = {}
     count = 0
     for node in list(graph.nodes):
-        if deps[node] or node.op == "output":
+        if deps[node] or node.op == "output" or _is_random(node):
             continue
         if node.op == "get_attr":
             values[node] = get_constant(program.graph_module, str(node.target))
+            continue
+        if any(source not in values for source in node.all_input_nodes):
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         with torch.no_grad():
@@ -137,20 +145,40 @@ def _fold_constants(program: Program) -> int:
     return count
 
 
+def _is_random(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers: one draw must not become a constant (`check_ops` refuses it)."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
 def _install(program: Program, node: fx.Node, value: Tensor) -> None:
     graph = program.graph_module.graph
-    origins = {t for t in map(constant_target, _ancestors(node)) if t}
-    base = f"{origins.pop()}_folded" if len(origins) == 1 else f"constants.{node.name}"
-    taken = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    name, serial = base, 1
-    while name in taken:
-        serial += 1
-        name = f"{base}{serial}"
+    name = rewrites.fresh_name(graph, _derived_name(program, node, value))
     set_constant(program.graph_module, name, value.contiguous())
     with graph.inserting_before(node):
         constant = graph.get_attr(name)
     constant.meta = dict(node.meta)
     node.replace_all_uses_with(constant)
+
+
+def _derived_name(program: Program, node: fx.Node, value: Tensor) -> str:
+    """Name for a computed constant: after its only origin, else after the weight or the module that its origins belong to."""
+    origins = sorted(t for t in set(map(constant_target, _ancestors(node))) if t)
+    if len(origins) == 1:
+        return f"{origins[0]}_folded"
+    common: list[str] = []
+    for column in zip(*(o.split(".") for o in origins), strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    if common[-2:] == ["parametrizations", "weight"]:
+        return ".".join([*common[:-2], "weight_folded"])
+    # A low-rank update of a frozen weight keeps that weight's name.
+    alike = [o for o in origins if o.endswith(".weight") and get_constant(program.graph_module, o).shape == value.shape]
+    if len(alike) == 1:
+        return f"{alike[0]}_folded"
+    readers = [u for u in node.users if op_name(u.target) in _WEIGHTED and u.args[1] is node]
+    owner = ".".join(common) or next((s[-1] for u in readers if (s := u.meta.get("scope", ()))), "")
+    return f"{owner}.weight_folded" if owner and readers else f"constants.{node.name}"
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

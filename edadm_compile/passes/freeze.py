@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import propagate_shapes
-from edadm_compile.ir.program import LayerInfo, Program, get_constant, layer_of, set_constant
+from edadm_compile.ir.program import LayerInfo, Program, child_name, get_constant, layer_of, set_constant
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.passes.calibrate import activation_quantizers, weight_quantizers
 from edadm_compile.quant import packing
@@ -47,8 +47,8 @@ class Freeze:
             codes_t = weight_quantizer.integer_codes(weight)
             axis = weight_quantizer.spec.axis or 0
             stored = codes_t.transpose(0, axis).contiguous()  # output channels first, whatever the layer
-            packed = _constant(program, node, f"{info.name}.weight_q", packing.pack(stored, info.weight_bits))
-            scale = _constant(program, node, f"{info.name}.weight_scale", weight_quantizer.scale)
+            packed = _constant(program, node, child_name(program.graph_module, info.name, "weight_q"), packing.pack(stored, info.weight_bits))
+            scale = _constant(program, node, child_name(program.graph_module, info.name, "weight_scale"), weight_quantizer.scale)
             arguments = (packed, scale, info.weight_bits, list(stored.shape), axis)
             with program.graph_module.graph.inserting_before(node):
                 value = program.graph_module.graph.call_function(edadm.dequantize_weight.default, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 from edadm_compile.quant.spec import act_spec, weight_spec
 
 #: What canonicalization appends to the name of a weight it had to rewrite.
-_SUFFIXES = ("_folded", "_2d", "_t", "_bn")
+_SUFFIX = re.compile(r"_(folded|2d|t|bn)\d*$")
 
 
 def layer_name(node: fx.Node) -> str:
@@ -23,10 +24,8 @@ def layer_name(node: fx.Node) -> str:
     weight = weight_node(node)
     assert weight is not None
     name = str(weight.target)
-    trimmed = True
-    while trimmed:
-        shorter = next((name.removesuffix(s) for s in _SUFFIXES if name.endswith(s)), name)
-        trimmed, name = shorter != name, shorter
+    while (shorter := _SUFFIX.sub("", name)) != name:
+        name = shorter
     return name.removesuffix(".parametrizations.weight.original").removesuffix(".weight") or name
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import constant_target, propagate_shapes
 from edadm_compile.ir.ops import op_name
-from edadm_compile.ir.program import LayerInfo, Program, get_constant, layer_of, set_constant
+from edadm_compile.ir.program import LayerInfo, Program, child_name, get_constant, layer_of, set_constant
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.passes.rewrites import argument, pair
 from edadm_compile.quant import packing
@@ -115,7 +115,7 @@ def _float_bias(program: Program, node: fx.Node, like: Tensor) -> Tensor:
 
 def _constants(program: Program, node: fx.Node, info: LayerInfo, o: _Operands) -> tuple[fx.Node, fx.Node]:
     module = program.graph_module
-    names = (f"{info.name}.multiplier", f"{info.name}.bias_q")
+    names = (child_name(module, info.name, "multiplier"), child_name(module, info.name, "bias_q"))
     nodes = []
     for name, value in zip(names, (o.multiplier, o.bias), strict=True):
         set_constant(module, name, value)

@@ -10,10 +10,11 @@ from torch import Tensor, fx, nn
 
 from edadm_compile.config import ReconstructionConfig
 from edadm_compile.ir.analysis import layer_weight
+from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.passes.base import Context, PassResult
-from edadm_compile.passes.streams import Streams, run_nodes
+from edadm_compile.passes.streams import Streams
 from edadm_compile.quant.fake_quant import ActFakeQuant, MaskPool, WeightFakeQuant
 
 #: Rounding of wide weights moves less: their learning rate is this fraction of ``lr_weight``.
@@ -68,10 +69,14 @@ class _Trainer:
         self.watched = [n for n in unit.layers if n is not unit.output]
         if config.layer_loss_weight == 0:
             self.watched = []
+        self.streams = streams
         self.targets = streams.float_targets(self.closure, [unit.output, *self.watched])
-        self.energy = {n: v.square().mean().clamp(min=1e-12) for n, v in self.targets.items()}
+        self.rowless = [n for n in (unit.output, *self.watched) if n not in self.targets]
+        examples = self.targets | self._computed(self._parts()[0])
+        self.energy = {n: v.square().mean().clamp(min=1e-12) for n, v in examples.items()}
         self.weights = [(n, self._quantizer(n.args[1]), layer_weight(program, n)) for n in unit.layers]
-        modules = [self._module(n) for n in self.closure if n.op == "call_module"]
+        # A closure may recompute what belongs to an earlier unit: its quantizers are final.
+        modules = [self._module(n) for n in self.closure if n.op == "call_module" and (n in unit.nodes or not streams.owned(n))]
         self.activations = [m for m in modules if isinstance(m, ActFakeQuant)]
 
     def _module(self, node: fx.Node) -> nn.Module:
@@ -117,7 +122,7 @@ class _Trainer:
         return [{"params": params, "lr": lr} for params, lr in rates if params]
 
     def _rows(self) -> Tensor:
-        total = next(iter(self.targets.values())).shape[0]
+        total = self.streams.total
         size = self.config.batch
         lowest = self.program.signature.min_batch
         size = lowest if lowest == self.program.signature.max_batch else min(size, self.program.signature.max_batch)
@@ -126,12 +131,19 @@ class _Trainer:
     def _loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
         run_nodes(self.program.graph_module, self.closure, values)
-        out = self.unit.output
-        loss: Tensor = (values[out] - self.targets[out][rows]).square().mean() / self.energy[out]
+        out, targets = self.unit.output, self._sampled(rows)
+        loss: Tensor = (values[out] - targets[out]).square().mean() / self.energy[out]
         for node in self.watched:
-            part = (values[node] - self.targets[node][rows]).square().mean() / self.energy[node]
+            part = (values[node] - targets[node]).square().mean() / self.energy[node]
             loss = loss + self.config.layer_loss_weight * part
         return loss
+
+    def _sampled(self, rows: Tensor) -> dict[fx.Node, Tensor]:
+        """Targets of some samples: stored ones by row, others computed."""
+        return {n: v[rows] for n, v in self.targets.items()} | self._computed(rows)
+
+    def _computed(self, rows: Tensor) -> dict[fx.Node, Tensor]:
+        return self.streams.float_rows(self.closure, self.rowless, rows) if self.rowless else {}
 
     def _input(self, node: fx.Node, rows: Tensor, mix: bool) -> Tensor:
         quantized = self.quant_in[node][rows]
@@ -163,15 +175,18 @@ class _Trainer:
 
     def _mean_loss(self) -> float:
         """Block loss (normalised error of the output) over the first 128 samples, hard roundings."""
-        total = next(iter(self.targets.values())).shape[0]
-        limit = self.program.signature.max_batch
-        fixed = self.program.signature.min_batch == limit
-        parts = [r for r in torch.arange(min(128, total)).split(limit if fixed else min(64, limit)) if not fixed or r.numel() == limit]
         out = self.unit.output
         errors = []
         with torch.no_grad():
-            for rows in parts:
+            for rows in self._parts():
                 values: dict[fx.Node, Any] = {n: self.quant_in[n][rows] for n in self.inputs}
                 run_nodes(self.program.graph_module, self.closure, values)
-                errors.append((values[out] - self.targets[out][rows]).square().mean() / self.energy[out])
+                errors.append((values[out] - self._sampled(rows)[out]).square().mean() / self.energy[out])
         return float(torch.stack(errors).mean())
+
+    def _parts(self) -> list[Tensor]:
+        """Indices of the first 128 samples in slices that the captured batch allows."""
+        limit = self.program.signature.max_batch
+        fixed = self.program.signature.min_batch == limit
+        slices = torch.arange(min(128, self.streams.total)).split(limit if fixed else min(64, limit))
+        return [r for r in slices if not fixed or r.numel() == limit]

@@ -103,18 +103,29 @@ def _from_convolution(node: fx.Node) -> None:
 
 
 def _from_string_padding(program: Program, node: fx.Node) -> None:
-    """``padding="valid"`` is 0; ``"same"`` is (k - 1) * dilation / 2 when that is whole (else it stays as it is)."""
+    """``padding="valid"`` is 0; ``"same"`` is dilation * (k - 1) in all, an odd one with the extra zero on the far side."""
     kernel = shape_of(node.args[1])[2:]  # type: ignore[arg-type]
+    rank = len(kernel)
     mode = argument(node, 4, "padding", "valid")
-    stride, dilation = argument(node, 3, "stride", 1), argument(node, 5, "dilation", 1)
-    steps = [dilation] * len(kernel) if isinstance(dilation, int) else list(dilation) * (len(kernel) // len(dilation))
-    total = [d * (k - 1) if mode == "same" else 0 for d, k in zip(steps, kernel, strict=True)]
+    stride, dilation = (spread(argument(node, i, n, 1), rank) for i, n in ((3, "stride"), (5, "dilation")))
+    total = [d * (k - 1) if mode == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+    x = node.args[0]
     if any(t % 2 for t in total):
-        return
-    node.target = aten.conv2d.default if len(kernel) == 2 else aten.conv1d.default
+        graph = node.graph
+        with graph.inserting_before(node):
+            sides = [s for t in reversed(total) for s in (0, t % 2)]
+            x = graph.call_function(aten.constant_pad_nd.default, (x, sides, 0.0))
+        x.meta = {"scope": node.meta.get("scope", ())}
+    node.target = aten.conv2d.default if rank == 2 else aten.conv1d.default
     groups = argument(node, 6, "groups", 1)
-    node.args = (node.args[0], node.args[1], argument(node, 2, "bias"), stride, [t // 2 for t in total], dilation, groups)
+    node.args = (x, node.args[1], argument(node, 2, "bias"), stride, [t // 2 for t in total], dilation, groups)
     node.kwargs = {}
+
+
+def spread(value: Any, rank: int) -> list[int]:
+    """An int or a list as a list of `rank` ints."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * rank if len(values) == 1 else values
 
 
 def _lift_1d(program: Program, node: fx.Node) -> int:
@@ -152,45 +163,23 @@ def pair_1d(value: Any, unit: int) -> list[int]:
     return [unit, value if isinstance(value, int) else value[0]]
 
 
-def unify_linears(program: Program) -> int:
-    """Rule 7: matrix products with a constant right-hand side; returns how many nodes changed."""
-    count = 0
-    for node in list(program.graph_module.graph.nodes):
-        name = op_name(node.target) if node.op == "call_function" else ""
-        if name == "aten.addmm.default" and not node.kwargs:
-            bias, x, w = node.args
-        elif name in ("aten.mm.default", "aten.matmul.default"):
-            (x, w), bias = node.args, None
-        else:
-            continue
-        target = constant_target(w)
-        if target is None or len(shape_of(w)) != 2 or (bias is not None and constant_target(bias) is None):
-            continue
-        _to_linear(program, node, x, target, bias)
-        count += 1
-    return count
-
-
-def _to_linear(program: Program, node: fx.Node, x: Any, target: str, bias: Any) -> None:
-    graph = program.graph_module.graph
-    transposed = f"{target}_t"
-    set_constant(program.graph_module, transposed, get_constant(program.graph_module, target).t().contiguous())
-    with graph.inserting_before(node):
-        weight = graph.get_attr(transposed)
-    node.target, node.args = aten.linear.default, (x, weight, bias)
+#: Spellings of a norm with running statistics, and where they have eps.
+_EPS_POSITION = {"aten.batch_norm.default": 7, "aten._native_batch_norm_legit_no_training.default": 6}
 
 
 def fold_batch_norm(program: Program) -> int:
     """Rule 8: ``y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta`` is a convolution with other constants."""
     count = 0
     for node in list(program.graph_module.graph.nodes):
-        if node.op != "call_function" or op_name(node.target) not in ("aten.batch_norm.default",):
+        if node.op != "call_function" or op_name(node.target) not in _EPS_POSITION:
             continue
+        training = op_name(node.target) == "aten.batch_norm.default" and node.args[5]
         conv = node.args[0]
         if not isinstance(conv, fx.Node) or op_name(conv.target) != "aten.conv2d.default" or len(conv.users) != 1:
             continue
         constants = [_constant_value(program, a) for a in (conv.args[1], *node.args[1:5])]
-        if any(c is None for c in constants) or node.args[5]:
+        bias = argument(conv, 2, "bias")
+        if any(c is None for c in constants) or training or len(_norm_values(node)) != len(node.users) or (bias is not None and constant_target(bias) is None):
             continue
         _fold_into(program, conv, node, constants)  # type: ignore[arg-type]
         count += 1
@@ -205,16 +194,38 @@ def _constant_value(program: Program, node: Any) -> Tensor | None:
 def _fold_into(program: Program, conv: fx.Node, norm: fx.Node, constants: list[Tensor]) -> None:
     weight, gamma, beta, mean, var = constants
     graph = program.graph_module.graph
-    factor = gamma / torch.sqrt(var + float(norm.args[7]))  # type: ignore[arg-type]
+    factor = gamma / torch.sqrt(var + float(norm.args[_EPS_POSITION[op_name(norm.target)]]))  # type: ignore[arg-type]
     bias = _constant_value(program, argument(conv, 2, "bias"))
-    base = str(conv.args[1].target)  # type: ignore[union-attr]
-    set_constant(program.graph_module, f"{base}_bn", weight * factor[:, None, None, None])
-    set_constant(program.graph_module, f"{base}_bn_bias", beta + ((0 if bias is None else bias) - mean) * factor)
+    # A convolution that is called twice may meet two norms: the names must not clash.
+    base = fresh_name(graph, f"{conv.args[1].target}_bn")  # type: ignore[union-attr]
+    set_constant(program.graph_module, base, weight * factor[:, None, None, None])
+    set_constant(program.graph_module, f"{base}_bias", beta + ((0 if bias is None else bias) - mean) * factor)
     with graph.inserting_before(conv):
-        new_weight, new_bias = graph.get_attr(f"{base}_bn"), graph.get_attr(f"{base}_bn_bias")
+        new_weight, new_bias = graph.get_attr(base), graph.get_attr(f"{base}_bias")
     conv.args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
+    for value in _norm_values(norm):
+        if value is not norm:
+            value.replace_all_uses_with(conv)
+            graph.erase_node(value)
     norm.replace_all_uses_with(conv)
     graph.erase_node(norm)
+
+
+def _norm_values(norm: fx.Node) -> list[fx.Node]:
+    """Users of a norm that read its normalised value: all of them, or the first item of an operator with three results."""
+    if op_name(norm.target) == "aten.batch_norm.default":
+        return list(norm.users)
+    return [u for u in norm.users if op_name(u.target) == "operator.getitem" and u.args[1] == 0]
+
+
+def fresh_name(graph: fx.Graph, base: str) -> str:
+    """`base`, with a number behind it when a constant of the graph is called so already."""
+    taken = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    name, serial = base, 1
+    while name in taken:
+        serial += 1
+        name = f"{base}{serial}"
+    return name
 
 
 def match_swish(graph: fx.Graph) -> int:

@@ -11,7 +11,7 @@ from torch import fx
 
 from edadm_compile.ir.analysis import constant_target, is_layer, propagate_shapes, shape_of
 from edadm_compile.ir.ops import op_name
-from edadm_compile.ir.program import Program, get_constant, set_constant
+from edadm_compile.ir.program import Program, child_name, get_constant, set_constant
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.passes.rewrites import argument
 
@@ -76,7 +76,7 @@ def _split(program: Program, node: fx.Node, cat: fx.Node) -> None:
     total: fx.Node | None = None
     with graph.inserting_before(node):
         for i, (source, piece) in enumerate(zip(sources, pieces, strict=True)):
-            name = f"{base}.part{i}.weight" if not _is_tensor(module, base) else f"{base}_part{i}.weight"
+            name = f"{child_name(module, base, f'part{i}')}.weight"
             set_constant(module, name, piece.contiguous())
             args = list(node.args)
             args[0], args[1] = source, graph.get_attr(name)
@@ -92,12 +92,3 @@ def _split(program: Program, node: fx.Node, cat: fx.Node) -> None:
     assert total is not None and axis
     node.replace_all_uses_with(total)
     graph.erase_node(node)
-
-
-def _is_tensor(module: torch.nn.Module, path: str) -> bool:
-    value: Any = module
-    for part in path.split("."):
-        if not hasattr(value, part):
-            return False
-        value = getattr(value, part)
-    return isinstance(value, torch.Tensor)

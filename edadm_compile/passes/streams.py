@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,24 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import is_batched
-from edadm_compile.ir.program import Program, get_constant
+from edadm_compile.ir.execute import run_nodes
+from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 
 _CHUNK = 64
-
-
-def run_nodes(module: fx.GraphModule, nodes: Iterable[fx.Node], values: dict[fx.Node, Any]) -> None:
-    """Evaluate `nodes` in order into `values`, which already holds what they read from outside."""
-    for node in nodes:
-        if node in values:
-            continue
-        if node.op == "get_attr":
-            values[node] = get_constant(module, str(node.target))
-            continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-        target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-        values[node] = target(*args, **kwargs)  # type: ignore[operator]
 
 
 @contextmanager
@@ -64,6 +52,8 @@ class Streams:
         names = [n for n in self._module.graph.nodes if n.op == "placeholder"]
         self.float_values: dict[fx.Node, Tensor] = dict(zip(names, arguments, strict=True))
         self.quant_values: dict[fx.Node, Tensor] = dict(self.float_values)
+        self._owned = {n for unit in units for n in unit.nodes}
+        self._outputs = {unit.output for unit in units}
         self._steps = self._schedule(units)
         self._last_use = self._last_uses()
 
@@ -80,18 +70,23 @@ class Streams:
 
     def _schedule(self, units: Sequence[Unit]) -> list[Unit | fx.Node]:
         """Units at the position of their outputs, every other stored node at its own."""
-        owned = {n for unit in units for n in unit.nodes}
         steps: list[Unit | fx.Node] = list(units)
         output = self._module.graph.output_node()
         for node in self._module.graph.nodes:
-            if node not in owned and node is not output and self._stored(node) and node.op != "placeholder":
+            if node not in self._owned and node is not output and self._stored(node) and node.op != "placeholder":
                 steps.append(node)
         return sorted(steps, key=lambda s: self._position[s.output if isinstance(s, Unit) else s])
 
-    @staticmethod
-    def _stored(node: fx.Node) -> bool:
-        """Whether a node's value is kept per sample; constants, sizes and reshaped batches are recomputed by readers."""
-        return node.op != "get_attr" and is_batched(node)
+    def owned(self, node: fx.Node) -> bool:
+        """Whether some unit holds `node`."""
+        return node in self._owned
+
+    def _stored(self, node: fx.Node) -> bool:
+        """Whether a node's value is kept per sample.
+
+        Constants, sizes, values without a sample dimension and the inside of units are recomputed by whoever reads them.
+        """
+        return node.op != "get_attr" and is_batched(node) and (node not in self._owned or node in self._outputs)
 
     def closure(self, step: Unit | fx.Node) -> list[fx.Node]:
         """The nodes to run for a step: its own and the unstored ones they need."""
@@ -123,19 +118,28 @@ class Streams:
         for number, step in enumerate(self._steps):
             closure = self.closure(step)
             output = step.output if isinstance(step, Unit) else step
+            wanted = [output] if self._stored(output) else []  # what has no sample dimension is recomputed by its readers
             with float_mode(self.program):
-                result = self.run(closure, self.float_values, [output])[output]
+                result = self.run(closure, self.float_values, wanted) if wanted else {}
             if isinstance(step, Unit):
                 train(step)
-            self.quant_values[output] = self.run(closure, self.quant_values, [output])[output]
-            self.float_values[output] = result
+            if wanted:
+                self.quant_values.update(self.run(closure, self.quant_values, wanted))
+                self.float_values.update(result)
             for node in [n for n in self.float_values if self._last_use.get(n, -1) <= number]:
                 del self.float_values[node], self.quant_values[node]
 
     def float_targets(self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
-        """Float values [N, ...] of nodes inside a closure."""
+        """Float values [N, ...] of those of `wanted` inside a closure that have one row per sample."""
         with float_mode(self.program):
-            return self.run(closure, self.float_values, wanted)
+            return self.run(closure, self.float_values, [n for n in wanted if is_batched(n)])
+
+    def float_rows(self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node], rows: Tensor) -> dict[fx.Node, Tensor]:
+        """Float values of nodes inside a closure for some samples, whatever their layout (tokens of all samples in one list, say)."""
+        values: dict[fx.Node, Any] = {n: self.float_values[n][rows] for n in self.stored_inputs(closure)}
+        with torch.no_grad(), float_mode(self.program):
+            run_nodes(self._module, closure, values)
+        return {n: values[n] for n in wanted}
 
     def run(self, closure: Sequence[fx.Node], stored: dict[fx.Node, Tensor], wanted: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
         """Run a closure over all samples in chunks; returns the wanted values joined."""

@@ -6,7 +6,7 @@ Not a `Pass` (its input is not a program); `pipeline` calls it first.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch.export import Dim, ExportedProgram
 
 from edadm_compile.errors import CaptureError
 from edadm_compile.ir.dialects import illegal_ops
+from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program, SamplerSpec, Signature
 
 #: Largest batch tried when capturing with a free batch dimension.
 MAX_BATCH = 1024
-_LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
 
 
 class CallAdapter(nn.Module):
@@ -67,8 +67,10 @@ def export_module(model: nn.Module, signature: Signature, fixed: dict[str, Any])
     reason = ""
     for _ in range(3):
         batch = Dim("batch", min=1, max=largest)
-        # *conditions is one variadic parameter: its dynamic shapes are one tuple.
-        shapes = ({0: batch}, {0: batch}, tuple({0: batch} for _ in signature.conditions))
+        # *conditions is one variadic parameter: its dynamic shapes are one tuple, and none at all when it is empty.
+        shapes: tuple[Any, ...] = ({0: batch}, {0: batch})
+        if signature.conditions:
+            shapes += (tuple({0: batch} for _ in signature.conditions),)
         try:
             with torch.no_grad():
                 program = torch.export.export(adapter, inputs, dynamic_shapes=shapes, strict=False)
@@ -93,7 +95,8 @@ def _export_fixed(adapter: nn.Module, inputs: tuple[Tensor, ...], signature: Sig
             f"torch.export cannot capture {signature.source or 'the model'}: {_first_lines(str(error))}. "
             f"Export it yourself with torch.export.export and pass the .pt2 file to see the full report"
         ) from error
-    source = f"{signature.source} [batch fixed at {batch}: {_first_lines(reason)}]"
+    told = next((line.strip(" -") for line in reason.splitlines() if "specialized" in line), reason)  # the sentence that names the cause
+    source = f"{signature.source} [batch fixed at {batch}: {_first_lines(told)}]"
     return program, replace(signature, max_batch=batch, min_batch=batch, source=source)
 
 
@@ -101,15 +104,18 @@ def _first_lines(text: str, limit: int = 300) -> str:
     return " ".join(text.split())[:limit]
 
 
-def trace(exported: ExportedProgram, signature: Signature, sampler: SamplerSpec, model: nn.Module | None = None) -> Program:
+def trace(
+    exported: ExportedProgram, signature: Signature, sampler: SamplerSpec, model: nn.Module | None = None, fixed: dict[str, Any] | None = None
+) -> Program:
     """Turn an exported program into a float program with plain inputs and one tensor output.
 
     Args:
         exported: from `export_module` or the user's ``.pt2`` file.
-        model: the eager source, to check that no parameterised layer escaped the graph.
+        model: the eager source, to check that no parameter escaped the graph.
+        fixed: keyword arguments the model is called with besides its inputs.
 
     Raises:
-        CaptureError: a layer is hidden from the graph.
+        CaptureError: a parameter is hidden from the graph.
     """
     with torch.no_grad():
         functional = exported.run_decompositions({})  # an empty table: functionalise, decompose nothing
@@ -118,8 +124,12 @@ def trace(exported: ExportedProgram, signature: Signature, sampler: SamplerSpec,
     _plain_calling_convention(module, signature)
     _strip_adapter(module)
     program = Program(module, "float", signature, sampler)
+    if signature.min_batch == signature.max_batch:
+        program = program.with_note(f"captured for a batch of {signature.max_batch} only: others are run in slices of it, the last one filled up")
     if model is not None:
-        check_coverage(module, model, signature)
+        unused = check_coverage(module, CallAdapter(model, [spec.name for spec in signature.conditions], fixed), signature)
+        if unused:
+            program = program.with_note(f"not part of the program, the output does not depend on it: {', '.join(unused)}")
     return program
 
 
@@ -166,42 +176,50 @@ def _strip_adapter(module: fx.GraphModule) -> None:
             module._modules[name] = child
         module._parameters.update(inner._parameters)
         module._buffers.update(inner._buffers)
+        for name, value in vars(inner).items():  # tensors written in forward (torch.tensor([...])) are plain attributes
+            if isinstance(value, Tensor):
+                module.register_buffer(name, value)
 
 
-def check_coverage(module: fx.GraphModule, model: nn.Module, signature: Signature) -> None:
-    """Refuse a graph that misses a layer which the eager model runs.
+def check_coverage(module: fx.GraphModule, adapter: CallAdapter, signature: Signature) -> list[str]:
+    """Refuse a graph that misses a parameter on which the eager model's output depends.
 
-    A layer that runs in neither (an unused parameter in a checkpoint) is fine.
+    Parameters that no node reads are set to NaN, one call each: a prediction that stays finite does not depend on them.
+
+    Returns:
+        modules of which no parameter is read (left over in the checkpoint, or computed for nothing).
 
     Raises:
-        CaptureError: naming the missing layers.
+        CaptureError: naming the modules whose parameters are hidden.
     """
-    reached = {str(n.target) for n in _all_nodes(module) if n.op == "get_attr"}
-    missing: dict[str, nn.Module] = {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, _LAYER_TYPES)
-        and not any(
-            f"{name}.{p}".lstrip(".") in reached
-            for p in (
-                "weight",
-                "parametrizations.weight.original0",
-                "parametrizations.weight.original1",
-                "parametrizations.weight.original",
-                "weight_v",
-                "weight_orig",
-            )
-        )
-    }
-    if not missing:
-        return
-    ran = _run_and_watch(model, missing, signature)
-    if ran:
+    parameters = dict(adapter.model.named_parameters(remove_duplicate=False))
+    read = {id(p) for n in _all_nodes(module) if n.op == "get_attr" and n.users and (p := parameters.get(str(n.target))) is not None}
+    unread = {name: p for name, p in parameters.items() if id(p) not in read}
+    if not unread:
+        return []
+    hidden = _influential(adapter, unread, signature)
+    if hidden:
+        owners = sorted({name.rpartition(".")[0] or name for name in hidden})
         raise CaptureError(
-            f"{len(ran)} layer(s) run in the model but are hidden from the captured graph: {', '.join(sorted(ran)[:5])}. "
-            "A checkpoint wrapper or custom autograd function usually hides them; disable it "
-            "(use_checkpoint=False) or export under torch.no_grad()"
+            f"{len(owners)} layer(s) of the model are hidden from the captured graph although its output depends on them: {', '.join(owners[:5])}. "
+            "A checkpoint wrapper, a custom operator or a cached result usually hides them: disable it (use_checkpoint=False), or export under torch.no_grad()"
         )
+    used = {name.rpartition(".")[0] for name in parameters if name not in unread}
+    return sorted({owner for name in unread if (owner := name.rpartition(".")[0]) not in used})
+
+
+def _influential(adapter: CallAdapter, names: Iterable[str], signature: Signature) -> list[str]:
+    """Those of the named parameters that reach the prediction; nothing is changed in place."""
+    parameters = dict(adapter.model.named_parameters(remove_duplicate=False))
+    inputs = tuple(torch.zeros((signature.min_batch, *spec.shape), dtype=spec.dtype) for spec in signature.inputs)
+
+    def reaches(poisoned: list[str]) -> bool:
+        values = {f"model.{name}": torch.full_like(parameters[name], float("nan")) for name in poisoned}
+        with torch.no_grad():
+            return bool(torch.func.functional_call(adapter, values, inputs).isnan().any())
+
+    floating = [name for name in names if parameters[name].is_floating_point()]
+    return [name for name in floating if reaches([name])] if floating and reaches(floating) else []
 
 
 def _all_nodes(module: fx.GraphModule) -> list[fx.Node]:
@@ -212,20 +230,6 @@ def _all_nodes(module: fx.GraphModule) -> list[fx.Node]:
     return nodes
 
 
-def _run_and_watch(model: nn.Module, watched: dict[str, nn.Module], signature: Signature) -> set[str]:
-    ran: set[str] = set()
-    handles = [m.register_forward_hook(lambda *_args, name=name: ran.add(name)) for name, m in watched.items()]
-    try:
-        inputs = [torch.zeros((1, *spec.shape), dtype=spec.dtype) for spec in signature.inputs]
-        names = [spec.name for spec in signature.conditions]
-        with torch.no_grad():
-            model(inputs[0], inputs[1], **dict(zip(names, inputs[2:], strict=True)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ran
-
-
 def check_ops(program: Program) -> None:
     """Refuse operators outside the closed table, after canonicalization has removed what it can.
 
@@ -234,13 +238,15 @@ def check_ops(program: Program) -> None:
     """
     names = illegal_ops(program.graph_module.graph, "float")
     if names:
-        places = [
-            f"{name} (in {node.meta.get('scope', ('?',))[-1:] or ('the top level',)})"
-            for name in names
-            for node in program.graph_module.graph.nodes
-            if str(node.target) == name
-        ]
-        raise CaptureError(
-            f"operator(s) outside the supported table: {', '.join(places[:5]) or ', '.join(names[:5])}. "
+        places = [f"{name} (in {_place(program, name)})" for name in names]
+        training = any(name.startswith(("aten.native_dropout", "aten._native_batch_norm_legit_functional")) for name in names)
+        hint = "The model was exported in training mode: call model.eval() before torch.export.export" if training else (
             "The table is edadm_compile/ir/ops.py; rewrite the model without them or add a pure ATen operator there"
-        )
+        )  # fmt: skip
+        raise CaptureError(f"operator(s) outside the supported table: {', '.join(places[:5])}. {hint}")
+
+
+def _place(program: Program, name: str) -> str:
+    """Module path of the first node that calls an operator."""
+    node = next(n for n in program.graph_module.graph.nodes if n.op == "call_function" and op_name(n.target) == name)
+    return (node.meta.get("scope") or ("the top level",))[-1]  # type: ignore[no-any-return]

@@ -49,7 +49,8 @@ def search_activation(sample: Tensor, low: float, high: float, spec: QuantSpec, 
     """
     ends = (min(low, 0.0), max(high, 0.0))
     shrink = torch.arange(1, grid + 1, dtype=torch.float32) / grid
-    best = (1.0, 1.0)
+    best, least = (1.0, 1.0), float("inf")
+    chosen = affine_from_range(torch.tensor([ends[0]]), torch.tensor([ends[1]]), spec)
     step = 1.0 / grid
     for stage in range(2):
         lo_f = shrink if stage == 0 else _around(best[0], step, grid)
@@ -58,8 +59,9 @@ def search_activation(sample: Tensor, low: float, high: float, spec: QuantSpec, 
         scale, zero = affine_from_range(pairs[:, 0] * ends[0], pairs[:, 1] * ends[1], spec)
         errors = torch.cat([_mse(sample, s, z, spec) for s, z in zip(scale.split(32), zero.split(32), strict=True)])
         winner = int(torch.argmin(errors))
-        best = (float(pairs[winner, 0]), float(pairs[winner, 1]))
-        chosen = (scale[winner : winner + 1].clone(), zero[winner : winner + 1].clone())
+        if float(errors[winner]) < least:  # the fine grid need not contain the coarse winner
+            best, least = (float(pairs[winner, 0]), float(pairs[winner, 1])), float(errors[winner])
+            chosen = (scale[winner : winner + 1].clone(), zero[winner : winner + 1].clone())
     return chosen
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edadm_compile.errors import ArtifactError, EdadmError
 from edadm_compile.ir.analysis import propagate_shapes
@@ -105,8 +106,8 @@ def read(path: Path) -> Artifact:
     tensors = _Tensors(path, manifest.get("tensors"))
     try:
         signature = _signature_from(manifest["signature"])
-        sampler = SamplerSpec(**manifest["sampler"])
-        time = _time_from(manifest["time"], tensors)
+        sampler = _sampler_from(manifest["sampler"])
+        time = _time_from(manifest["time"], tensors, signature)
         programs = []
         records = layers_from_json(manifest["layers"])
         for dialect in ("qdq", "lowered"):
@@ -149,10 +150,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     sha, _, text = metadata[_KEY].partition("\n")
     if hashlib.sha256(text.encode()).hexdigest() != sha:
         raise ArtifactError(f"{path} is damaged: the manifest does not match its checksum")
-    manifest = json.loads(text)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT!r}; recompile the model")
-    return manifest
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: malformed manifest: {error}") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(f"{path}: format {found!r}, this version reads {FORMAT!r}; recompile the model")
+    return dict(manifest)
 
 
 class _Tensors:
@@ -160,13 +165,14 @@ class _Tensors:
 
     def __init__(self, path: Path, record: Any) -> None:
         self._path = path
-        if not isinstance(record, dict) or not isinstance(record.get("float32_stored_as_float16"), list):
+        names = record.get("float32_stored_as_float16") if isinstance(record, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ArtifactError(f"{path}: manifest has no tensor record")
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in sorted(file.keys())}
         if digest(stored) != record.get("sha256"):
             raise ArtifactError(f"{path} is damaged: its tensors do not match their checksum")
-        widened = set(record["float32_stored_as_float16"])
+        widened = set(names)
         self._cache: dict[str, Tensor] = {name: value.float() if name in widened else value for name, value in stored.items()}
 
     def __call__(self, name: str) -> Tensor:
@@ -209,9 +215,22 @@ def _signature_json(signature: Signature) -> dict[str, Any]:
 
 def _signature_from(value: dict[str, Any]) -> Signature:
     inputs = tuple(InputSpec(**{**v, "dtype": getattr(torch, v["dtype"]), "shape": tuple(int(s) for s in v["shape"])}) for v in value["inputs"])
-    if any(math.prod(s.shape) > 1 << 28 or not isinstance(s.dtype, torch.dtype) for s in inputs):
+    if any(min(s.shape, default=1) < 1 or math.prod(s.shape) > 1 << 28 or not isinstance(s.dtype, torch.dtype) for s in inputs):
         raise ArtifactError("signature: absurd input size or type")
-    return Signature(**{**value, "inputs": inputs})
+    if [s.role for s in inputs[:2]] != ["x", "t"] or not all(isinstance(s.name, str) and s.name.isidentifier() for s in inputs):
+        raise ArtifactError("signature: the inputs are not x, t and conditions")
+    signature = Signature(**{**value, "inputs": inputs})
+    batches = (signature.min_batch, signature.max_batch)
+    if any(type(b) is not int for b in batches) or not 1 <= batches[0] <= batches[1] or signature.output not in ("tensor", "sample"):
+        raise ArtifactError(f"signature: batches {batches} or output {signature.output!r} are not understood")
+    return signature
+
+
+def _sampler_from(value: dict[str, Any]) -> SamplerSpec:
+    sampler = SamplerSpec(**value)
+    if not isinstance(sampler.scheduler, dict) or type(sampler.steps) is not int or not isinstance(sampler.eta, (int, float)):
+        raise ArtifactError("sampler: expected a scheduler configuration, a number of steps and eta")
+    return sampler
 
 
 def _time_json(time: TimeTables, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -224,14 +243,26 @@ def _time_json(time: TimeTables, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"tables": sorted(time.tables), "path": path, "path_outputs": list(time.path_outputs), "folded": list(time.folded)}
 
 
-def _time_from(value: Any, tensors: _Tensors) -> TimeTables | None:
+def _time_from(value: Any, tensors: _Tensors, signature: Signature) -> TimeTables | None:
     if value is None:
         return None
     path = None if value["path"] is None else graph_from_json(value["path"], tensors, _PATH_DIALECT)
-    if path is not None and len(placeholders(path.graph)) != 1:
-        raise ArtifactError("time path: expected one input")
     tables = {name: tensors(f"time.tables.{name}") for name in value["tables"]}
     keys = tensors("time.keys").double()
-    if keys.dim() != 1 or any(t.dim() < 1 or t.shape[0] != keys.numel() for t in tables.values()):
+    if keys.dim() != 1 or not keys.numel() or any(t.dim() < 1 or t.shape[0] != keys.numel() for t in tables.values()):
         raise ArtifactError("time tables: rows and keys disagree")
-    return TimeTables(keys, tables, path, tuple(value["path_outputs"]), tuple(value["folded"]))
+    time = TimeTables(keys, tables, path, tuple(value["path_outputs"]), tuple(value["folded"]))
+    if path is not None:
+        _check_path(path, time, signature)
+    return time
+
+
+def _check_path(path: torch.fx.GraphModule, time: TimeTables, signature: Signature) -> None:
+    """The path must compute rows of its tables (nothing is executed: shapes only)."""
+    if len(placeholders(path.graph)) != 1:
+        raise ArtifactError("time path: expected one input")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        outputs = path(torch.empty(signature.min_batch, dtype=signature.inputs[1].dtype))
+    wanted = [(signature.min_batch, *time.tables[name].shape[1:]) for name in time.path_outputs]
+    if [tuple(o.shape) for o in outputs] != wanted:
+        raise ArtifactError("time path: its outputs are not rows of its tables")

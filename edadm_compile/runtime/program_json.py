@@ -9,6 +9,7 @@ value of node 12, or an object with one key: ``{"str": "%text"}``, ``{"dtype": "
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -107,7 +108,15 @@ def graph_from_json(records: Any, tensors: Callable[[str], Tensor], dialect: str
             raise ArtifactError(f"program node {len(nodes)}: malformed ({type(error).__name__}: {error})") from None
     if nodes[-1].op != "output":
         raise ArtifactError("program: the last node is not the output")
-    return fx.GraphModule(root, graph)
+    try:
+        return fx.GraphModule(root, graph)
+    except (SyntaxError, TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise ArtifactError(f"program: malformed ({type(error).__name__}: {error})") from None
+
+
+def _is_name(text: str) -> bool:
+    """Whether `text` is a plain Python name. fx writes names into the code it generates: anything else could be code."""
+    return text.isascii() and text.isidentifier() and not keyword.iskeyword(text) and not text.startswith("__")
 
 
 def _node(
@@ -126,10 +135,12 @@ def _node(
     if nodes and nodes[-1].op == "output":
         raise ArtifactError("program: nodes after the output")
     args = tuple(_decode(a, nodes, 0) for a in raw)
-    kwargs = {str(k): _decode(v, nodes, 0) for k, v in (record[3] if len(record) > 3 else {}).items()}
-    if kind == "p" and target.isidentifier():
+    kwargs = {k: _decode(v, nodes, 0) for k, v in (record[3] if len(record) > 3 else {}).items()}
+    if not all(_is_name(k) for k in kwargs):
+        raise ArtifactError(f"{place}: bad argument name")
+    if kind == "p" and _is_name(target):
         node = graph.placeholder(target)
-    elif kind == "a" and all(part.isidentifier() or part.isdigit() for part in target.split(".")):
+    elif kind == "a" and all(_is_name(part) or part.isdigit() for part in target.split(".")):
         set_constant(root, target, tensors(target))
         node = graph.get_attr(target)
     elif kind == "o":

@@ -86,12 +86,21 @@ class CompiledModel(nn.Module):
         missing = [n for n in names if given.get(n) is None]
         if missing:
             raise InputError(f"input {missing[0]!r} is missing; the model takes {', '.join(names)}")
-        batch = torch.as_tensor(given[names[0]]).shape[0]
-        return [_conform(spec, given[spec.name], batch) for spec in specs]
+        values = {name: _tensor(name, given[name]) for name in names}
+        shape = values[names[0]].shape
+        if not shape or shape[0] < 1:
+            raise InputError(f"input {names[0]!r}: got shape {list(shape)}, expected {['B', *specs[0].shape]} with B at least 1")
+        return [_conform(spec, values[spec.name], shape[0]) for spec in specs]
 
 
-def _conform(spec: InputSpec, value: Any, batch: int) -> Tensor:
-    value = torch.as_tensor(value)
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"input {name!r}: got {type(value).__name__}, expected a tensor") from None
+
+
+def _conform(spec: InputSpec, value: Tensor, batch: int) -> Tensor:
     assert isinstance(value, Tensor)
     if spec.role == "t" and value.numel() == 1:
         value = value.reshape(1).expand(batch)

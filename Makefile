@@ -1,0 +1,49 @@
+# make demo   set up, compile the digits example to W4A8, check it, draw digits.png
+# make test   set up, run the tests
+# make check  set up, run the linters, the type checker and the tests
+#
+# Variables: PYTHON (the interpreter that makes the environment), VENV (its folder), PYTEST_FLAGS.
+# To use an environment that is active already: make test VENV="$VIRTUAL_ENV" (the package is installed into it).
+
+.POSIX:
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?=
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.edadm-installed
+MODEL = examples/digits/model.pt
+
+.PHONY: help venv demo test lint check clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: venv
+	$(BIN)/edadm-compile $(MODEL) --w4a8 -o unet.qmod
+	$(BIN)/edadm-compile inspect unet.qmod
+	$(BIN)/edadm-compile verify unet.qmod --reference $(MODEL)
+	$(BIN)/edadm-compile sample unet.qmod -n 40 --reference $(MODEL) -o digits.png
+
+test: venv
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+# Removes what the targets above made; VENV only when it is the default one.
+clean:
+	rm -rf .venv build dist edadm_compile.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f unet.qmod digits.png
+	find edadm_compile tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Tiny UNets in styles that no library class covers; every module is random and deterministic."""
