@@ -2,7 +2,7 @@
 
 ::
 
-    EdadmError                what the command line prints as one sentence (exit code 1, usage errors 2)
+    EdadmError                what the command line prints as one sentence; each class has its exit code
     ├── InputError            a model file, folder, factory or option that cannot be used
     │   └── ConfigError       a quantization setting out of its range, or a bad TOML/JSON file
     ├── CaptureError          torch.export could not capture the model, or a layer escaped the graph

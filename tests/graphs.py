@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from edadm_compile.calibration.collect import collect
+from edadm_compile.calibration.dataset import CalibrationSet, Trajectories
+from edadm_compile.calibration.tdac import uniform
 from edadm_compile.config import QuantConfig
 from edadm_compile.frontend import Source, source_from_module
 from edadm_compile.ir.analysis import propagate_shapes
@@ -164,6 +166,20 @@ def small_config(**changes: Any) -> QuantConfig:
 def collected(program: Program, config: QuantConfig) -> Any:
     """A calibration set for a float program."""
     return collect(program, config, Context(config).generator(1))
+
+
+def random_calibration(program: Program, samples: int = 12, steps: int = 4) -> CalibrationSet:
+    """A calibration set of random states, for graphs that are no noise predictors."""
+    times = torch.tensor([75.0, 50.0, 25.0, 0.0])[:steps].to(program.signature.inputs[1].dtype)
+    batches = [inputs_for(program, 3, seed) for seed in range(steps)]
+    x = torch.stack([b[0] for b in batches])
+    conditions = tuple(batches[0][2:])
+    with torch.no_grad():
+        prediction = torch.stack([program(x[i], times[i].expand(3), *conditions) for i in range(steps)])
+    values = inputs_for(program, samples, 99)
+    step = torch.arange(samples) % steps
+    kept = Trajectories(x, prediction, times, conditions)
+    return CalibrationSet(values[0], times[step], tuple(values[2:]), step, uniform(steps, samples), kept)
 
 
 class TinyUNet(nn.Module):

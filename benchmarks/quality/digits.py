@@ -100,7 +100,7 @@ class Benchmark:
 
     def _sample(self, model: Any) -> Tensor:
         batches = zip(self.noise.split(50), self.labels.split(50), strict=True)
-        return torch.cat([sample(model, self.source.sampler, x, [y]) for x, y in batches])
+        return torch.cat([sample(model, self.source.sampler, x, [y]) for x, y in batches]).clamp(-1, 1)
 
     def _judge(self, images: Tensor) -> dict[str, float]:
         with torch.no_grad():

@@ -33,7 +33,7 @@ def make_scheduler(spec: SamplerSpec) -> Any:
     if cls is None:
         raise InputError(
             f"scheduler: got _class_name {name!r}, allowed is a scheduler class of diffusers such as DDIMScheduler, DDPMScheduler, "
-            "PNDMScheduler or DPMSolverMultistepScheduler"
+            "PNDMScheduler or DPMSolverMultistepScheduler (scheduler.config in Python lacks the name: add it, or use save_config)"
         )
     try:
         scheduler = cls.from_config(config)
@@ -105,8 +105,8 @@ def _draw_condition(spec: InputSpec, n: int, generator: torch.Generator, pool: d
         labels = torch.arange(n) % spec.num_classes
         return labels[torch.randperm(n, generator=generator)].to(spec.dtype)
     raise InputError(
-        f"condition {spec.name!r} {list(spec.shape)} cannot be drawn at random; give calibration values with "
-        f"--cond FILE.safetensors holding a tensor {spec.name!r} [N, {', '.join(map(str, spec.shape))}]"
+        f"condition {spec.name!r} cannot be drawn at random; give values with --cond FILE.safetensors holding a tensor "
+        f"{spec.name!r} [{', '.join(['N', *map(str, spec.shape)])}]"
     )
 
 
@@ -142,5 +142,8 @@ def sample(
             prediction = model(x_in, batch_t, *conditions)
             if hook is not None:
                 hook(index, float(t), x_in, prediction)
-            x = scheduler.step(predicted_noise(prediction, x.shape[1]), t, x, **extra).prev_sample
+            noise = predicted_noise(prediction, x.shape[1])
+            if noise.shape != x.shape:
+                raise InputError(f"the model predicts {list(prediction.shape)} for x {list(x.shape)}; expected noise of the shape of x")
+            x = scheduler.step(noise, t, x, **extra).prev_sample
     return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edadm_compile.calibration.sampler import draw_conditions, draw_noise
+from edadm_compile.calibration.sampler import draw_conditions, draw_noise, read_scheduler
 from edadm_compile.calibration.sampler import sample as run_sampler
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ArtifactError, InputError
 from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.frontend import load_source
-from edadm_compile.ir.program import Signature
+from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.session import CompiledModel, load
 
@@ -36,13 +37,14 @@ def run(
         EdadmError: unreadable files, or a reference that does not match.
     """
     model = load(artifact)
+    spec = chosen_sampler(model, options.get("scheduler"), options.get("steps"))
     noise, conditions = inputs(model, count, seed, label, options.get("conditions"))
-    images = generate(model, model.predict, noise, conditions, seed)
-    result: dict[str, Any] = {"output": str(output), "count": count, "steps": model.sampler.steps}
+    images = generate(spec, model.predict, noise, conditions, seed)
+    result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps}
     rows = [images]
     if reference is not None:
-        source = load_source(reference, load_options({**options, "conditions": None}))
-        originals = generate(model, source.denoiser(), noise, conditions, seed)
+        source = load_source(reference, load_options(options))
+        originals = generate(spec, source.denoiser(), noise, conditions, seed)
         values = psnr(originals, images)
         result["psnr_db"] = {"median": float(values.median()), "mean": float(values.mean()), "worst": float(values.min())}
         rows = [originals, images]
@@ -60,6 +62,8 @@ def inputs(model: CompiledModel, count: int, seed: int, label: int | None, pool:
 
         tensors = dict(load_file(pool))
     conditions = draw_conditions(model.signature, count, generator, tensors)
+    if label is not None and not any(s.num_classes is not None and s.name not in tensors for s in model.signature.conditions):
+        raise InputError("--label: the model takes no class label that is drawn here")
     for index, spec in enumerate(model.signature.conditions):
         if spec.num_classes is not None and spec.name not in tensors:
             if label is not None and not 0 <= label < spec.num_classes:
@@ -68,12 +72,18 @@ def inputs(model: CompiledModel, count: int, seed: int, label: int | None, pool:
     return noise, conditions
 
 
-def generate(model: CompiledModel, denoiser: Any, noise: Tensor, conditions: list[Tensor], seed: int) -> Tensor:
-    """Images [N, C, H, W] from a denoiser, in batches, with the compiled model's sampler."""
+def chosen_sampler(model: CompiledModel, scheduler: Path | None, steps: int | None) -> SamplerSpec:
+    """The sampler the model was compiled for, unless another is asked for (its timesteps then miss the tables)."""
+    config = model.sampler.scheduler if scheduler is None else read_scheduler(scheduler)
+    return dataclasses.replace(model.sampler, scheduler=config, steps=model.sampler.steps if steps is None else steps)
+
+
+def generate(spec: SamplerSpec, denoiser: Any, noise: Tensor, conditions: list[Tensor], seed: int) -> Tensor:
+    """Images [N, C, H, W] from a denoiser, in batches, with one sampler."""
     parts = []
     for number, rows in enumerate(torch.arange(noise.shape[0]).split(_BATCH)):
         generator = torch.Generator().manual_seed(seed + number)
-        parts.append(run_sampler(denoiser, model.sampler, noise[rows], [c[rows] for c in conditions], generator=generator))
+        parts.append(run_sampler(denoiser, spec, noise[rows], [c[rows] for c in conditions], generator=generator))
     return torch.cat(parts)
 
 

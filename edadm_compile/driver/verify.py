@@ -45,9 +45,9 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
     """
     loaded = read(artifact)
     source = load_source(reference, load_options(options))
+    _same_inputs(source, loaded)
     config = QuantConfig(attention=str(loaded.manifest["config"]["attention"]))
     program = run_passes(capture(dataclasses.replace(source, sampler=loaded.lowered.sampler)), float_passes(), Context(config))
-    _same_inputs(program, loaded)
     generator = torch.Generator().manual_seed(seed)
     x = sampler.draw_noise(program.signature, count, generator)
     conditions = sampler.draw_conditions(loaded.lowered.signature, count, generator, source.conditions)
@@ -66,9 +66,9 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
     return result
 
 
-def _same_inputs(program: Program, loaded: Artifact) -> None:
+def _same_inputs(source: Source, loaded: Artifact) -> None:
     ours = [(s.name, s.shape) for s in loaded.lowered.signature.inputs]
-    theirs = [(s.name, s.shape) for s in program.signature.inputs]
+    theirs = [(s.name, s.shape) for s in source.signature.inputs]
     if ours != theirs:
         raise InputError(f"--reference takes inputs {theirs}, the artifact was compiled from a model with {ours}")
 
@@ -147,4 +147,6 @@ def print_result(result: dict[str, Any]) -> None:
         f"noise SQNR against float: simulated {ends['simulated_vs_float']:.2f} dB, integer {ends['integer_vs_float']:.2f} dB; "
         f"integer against simulated {ends['integer_vs_simulated']:.1f} dB"
     )
+    if not result["same_model"]:
+        out.print("note: the reference file is not the one that was compiled (its checksum differs)")
     out.print("contract holds" if not result["broken"] else f"contract BROKEN: {len(result['broken'])} place(s)")

@@ -54,7 +54,8 @@ def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) ->
     for i, (name, value) in enumerate(tensors):
         if i >= 2 and name not in pool:
             raise InputError(
-                f"{path}: condition {name!r} {list(value.shape)} needs calibration values: --cond FILE.safetensors with a tensor {name!r}"
+                f"{path}: condition {name!r} needs calibration values: --cond FILE.safetensors with a tensor {name!r} "
+                f"[{', '.join(['N', *map(str, value.shape[1:])])}]"
             )
         sizes = tuple(int(s) for s in value.shape[1:])
         if i >= 2 and tuple(pool[name].shape[1:]) != sizes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,10 +91,18 @@ def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor],
 
 
 def _pickle_message(path: Path, error: Exception) -> str:
-    if not zipfile.is_zipfile(path):
-        start = path.open("rb").read(2)
+    foreign = f"{path} is not a model file: neither a torch file, a .pt2 archive nor safetensors"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                return foreign
+    else:
+        with path.open("rb") as stream:
+            start = stream.read(2)
+        if start == b"PK":
+            return f"{path} is a damaged torch file: its end is missing; copy or save it again"
         if not start.startswith(b"\x80"):
-            return f"{path} is not a model file: neither a torch file, a .pt2 archive nor safetensors"
+            return foreign
     reason = str(error).split(". ")[0].splitlines()[0][:200]
     return (
         f"{path} is a pickled Python object, which can run any code when opened ({reason}). Three safe ways: "
@@ -104,6 +113,7 @@ def _pickle_message(path: Path, error: Exception) -> str:
 
 
 def _trusted_load(path: Path) -> Any:
+    _see_own_packages()
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
@@ -141,11 +151,14 @@ def _without_prefix(state: dict[str, Tensor], wanted: set[str]) -> dict[str, Ten
     return {key.removeprefix(fitting[0]): value for key, value in state.items() if key.startswith(fitting[0])}
 
 
-def _call_factory(name: str) -> nn.Module:
-    import sys
-
+def _see_own_packages() -> None:
+    """Let imports find the user's code in the current folder, as ``python -m`` would; a console script does not."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not see the user's own package otherwise
+        sys.path.insert(0, str(Path.cwd()))
+
+
+def _call_factory(name: str) -> nn.Module:
+    _see_own_packages()
     package, _, attribute = name.partition(":")
     if not attribute:
         raise InputError(f"--factory: got {name!r}, expected package.module:callable")

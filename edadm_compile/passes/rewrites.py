@@ -179,7 +179,7 @@ def fold_batch_norm(program: Program) -> int:
             continue
         constants = [_constant_value(program, a) for a in (conv.args[1], *node.args[1:5])]
         bias = argument(conv, 2, "bias")
-        if any(c is None for c in constants) or training or len(_norm_values(node)) != len(node.users) or (bias is not None and constant_target(bias) is None):
+        if any(c is None for c in constants) or training or not _gives_one_value(node) or (bias is not None and constant_target(bias) is None):
             continue
         _fold_into(program, conv, node, constants)  # type: ignore[arg-type]
         count += 1
@@ -203,19 +203,18 @@ def _fold_into(program: Program, conv: fx.Node, norm: fx.Node, constants: list[T
     with graph.inserting_before(conv):
         new_weight, new_bias = graph.get_attr(base), graph.get_attr(f"{base}_bias")
     conv.args = (conv.args[0], new_weight, new_bias, *conv.args[3:])
-    for value in _norm_values(norm):
-        if value is not norm:
-            value.replace_all_uses_with(conv)
-            graph.erase_node(value)
-    norm.replace_all_uses_with(conv)
+    if op_name(norm.target) == "aten.batch_norm.default":
+        norm.replace_all_uses_with(conv)
+    for item in list(norm.users):
+        item.replace_all_uses_with(conv)
+        graph.erase_node(item)
     graph.erase_node(norm)
 
 
-def _norm_values(norm: fx.Node) -> list[fx.Node]:
-    """Users of a norm that read its normalised value: all of them, or the first item of an operator with three results."""
-    if op_name(norm.target) == "aten.batch_norm.default":
-        return list(norm.users)
-    return [u for u in norm.users if op_name(u.target) == "operator.getitem" and u.args[1] == 0]
+def _gives_one_value(norm: fx.Node) -> bool:
+    """Whether only the normalised value is read; one of the spellings returns statistics beside it."""
+    items = [op_name(u.target) == "operator.getitem" and u.args[1] == 0 for u in norm.users]
+    return op_name(norm.target) == "aten.batch_norm.default" or all(items)
 
 
 def fresh_name(graph: fx.Graph, base: str) -> str:

@@ -33,7 +33,7 @@ def test_rows_of_a_pool_stay_together():
 
 
 def test_a_condition_without_values_is_refused():
-    with pytest.raises(InputError, match="'text'.*--cond"):
+    with pytest.raises(InputError, match=r"'text'.*--cond"):
         sampler.draw_conditions(_signature(InputSpec("text", (7, 5), torch.float32, "cond")), 3, _generator())
 
 
@@ -97,6 +97,11 @@ def test_hooks_see_every_step_and_sampling_can_stop_early():
     x = torch.randn(2, 1, 3, 3, generator=_generator())
     result = sampler.sample(lambda x, t: x * 0, SamplerSpec(DDIM, 4), x, hook=lambda i, t, s, p: seen.append((i, t)), stop_after=2)
     assert seen == [(0, 75.0), (1, 50.0)] and bool(torch.isfinite(result).all())
+
+
+def test_a_prediction_of_another_shape_is_explained():
+    with pytest.raises(InputError, match=r"predicts \[2, 1, 6, 6\] for x \[2, 1, 3, 3\]"):
+        sampler.sample(lambda x, t: torch.zeros(2, 1, 6, 6), SamplerSpec(DDIM, 4), torch.zeros(2, 1, 3, 3))
 
 
 def test_learned_variance_is_cut_off():

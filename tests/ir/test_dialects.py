@@ -44,7 +44,7 @@ def test_quantize_is_not_legal_in_float():
     verify(program)
     verify(dataclasses.replace(program, dialect="lowered"))
     for dialect in ("float", "fake_quant"):
-        with pytest.raises(DialectError, match="edadm.quantize.default"):
+        with pytest.raises(DialectError, match=r"edadm\.quantize\.default"):
             verify(dataclasses.replace(program, dialect=dialect))
 
 
@@ -88,7 +88,7 @@ def test_a_constant_that_is_no_tensor_is_refused():
     _, program = _good()
     del program.graph_module.inner.weight
     program.graph_module.inner.weight = 3.0
-    with pytest.raises(DialectError, match="inner.weight"):
+    with pytest.raises(DialectError, match=r"inner\.weight"):
         verify(program)
 
 

@@ -39,7 +39,10 @@ def test_the_table_holds_pure_functions_only():
             continue
         schema = ops.resolve(name)._schema
         assert not schema.is_mutable, name
-        assert torch.Tag.nondeterministic_seeded not in ops.resolve(name).tags or name in ("aten.dropout.default", "aten.scaled_dot_product_attention.default")
+        assert torch.Tag.nondeterministic_seeded not in ops.resolve(name).tags or name in (
+            "aten.dropout.default",
+            "aten.scaled_dot_product_attention.default",
+        )
 
 
 def test_layers_and_products_are_float_operators():

@@ -205,6 +205,23 @@ def test_rule_8_batch_norms_disappear_into_convolutions(bias):
     assert names == ["conv"] and not [n for n in count_ops(after) if "batch_norm" in n]
 
 
+@pytest.mark.parametrize("operator", ["aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default"])
+def test_rule_8_both_spellings(operator):
+    build = GraphBuilder()
+    conv = build.conv("c", build.x, 4, 4)
+    values = [build.constant(f"n.{name}", build.random(4).abs() + 0.5) for name in ("weight", "bias", "mean", "var")]
+    rest = (0.1, 1e-3) if "native" in operator else (False, 0.1, 1e-3, True)
+    norm = build.op(operator, conv, *values, *rest)
+    if "native" in operator:
+        import operator as python
+
+        norm = build.graph.call_function(python.getitem, (norm, 0))
+    before = build.program(build.op("aten.add.Tensor", build.op("aten.silu.default", norm), norm))
+    after, ctx = apply(before, Canonicalize())
+    assert_same_function(before, after)
+    assert ctx.stats["canonicalize"]["batch_norms"] == 1 and set(count_ops(after)) == {"aten.conv2d.default", "aten.silu.default", "aten.add.Tensor"}
+
+
 def test_rule_8_a_convolution_that_others_read_keeps_its_norm():
     def function(self, x):
         y = self.conv(x)

@@ -56,7 +56,7 @@ def test_a_layer_that_escapes_the_graph_is_an_error():
                 return x * 2
             return self.conv(x)
 
-    with pytest.raises(CaptureError, match="hidden from the captured graph.*: conv"):
+    with pytest.raises(CaptureError, match=r"hidden from the captured graph.*: conv"):
         captured(Model())
 
 
@@ -65,7 +65,7 @@ def test_data_dependent_control_flow_is_explained():
         def forward(self, x, t):
             return x * 2 if float(x.sum()) > 0 else x
 
-    with pytest.raises(CaptureError, match="torch.export cannot capture Model"):
+    with pytest.raises(CaptureError, match=r"torch\.export cannot capture Model"):
         source_of(Model()).export()
 
 

@@ -15,7 +15,13 @@ def _codes(shape, bits, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(bits=st.sampled_from(WEIGHT_BITS), o=st.integers(1, 9), i=_SIZES, kernel=st.sampled_from([None, (1, 1), (1, 3), (2, 3), (3, 3)]), seed=st.integers(0, 99))
+@given(
+    bits=st.sampled_from(WEIGHT_BITS),
+    o=st.integers(1, 9),
+    i=_SIZES,
+    kernel=st.sampled_from([None, (1, 1), (1, 3), (2, 3), (3, 3)]),
+    seed=st.integers(0, 99),
+)
 def test_unpack_inverts_pack(bits, o, i, kernel, seed):
     shape = (o, i) if kernel is None else (o, i, *kernel)
     codes = _codes(shape, bits, seed)

@@ -303,7 +303,9 @@ def test_exchanged_tensors_are_noticed(parts, tmp_path):
     tensors[name] = tensors[name].roll(1, 0)
     text = json.dumps(manifest)
     assert json.loads(text)["tensors"]["sha256"] == recorded
-    path = _write(tmp_path / "a.qmod", save(dict(sorted(tensors.items())), metadata={"edadm": f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}))
+    path = _write(
+        tmp_path / "a.qmod", save(dict(sorted(tensors.items())), metadata={"edadm": f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"})
+    )
     with pytest.raises(ArtifactError, match="do not match their checksum"):
         read(path)
 

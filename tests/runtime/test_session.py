@@ -25,7 +25,13 @@ def test_a_loaded_file_is_called_like_its_source(artifact, inputs, tmp_path):
     with torch.no_grad():
         expected = artifact.lowered(*inputs)
     x, t, label = inputs
-    for result in (model(x, t, label), model(x, t, label=label), model(label=label, t=t, x=x), model.predict(x, t, label), model(x, t, label, return_dict=False)):
+    for result in (
+        model(x, t, label),
+        model(x, t, label=label),
+        model(label=label, t=t, x=x),
+        model.predict(x, t, label),
+        model(x, t, label, return_dict=False),
+    ):
         assert torch.equal(result, expected) and not result.requires_grad
     assert model.sampler.steps == 4 and [s.name for s in model.signature.inputs] == ["x", "t", "label"]
 
