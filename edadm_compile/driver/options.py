@@ -6,10 +6,11 @@ from typing import Any
 
 from edadm_compile.errors import InputError
 from edadm_compile.frontend import LoadOptions
+from edadm_compile.ir.program import SamplerSpec
 
 
-def load_options(options: dict[str, Any]) -> LoadOptions:
-    """Options that say how to load a float model.
+def load_options(options: dict[str, Any], known_sampler: SamplerSpec | None = None) -> LoadOptions:
+    """Options that say how to load a float model; `known_sampler` stands in where no scheduler is found.
 
     Raises:
         InputError: a malformed ``--shape``.
@@ -22,6 +23,7 @@ def load_options(options: dict[str, Any]) -> LoadOptions:
         conditions=options.get("conditions"),
         factory=options.get("factory"),
         trust_pickle=bool(options.get("trust_pickle")),
+        known_sampler=known_sampler,
     )
 
 

@@ -43,7 +43,7 @@ def run(
     result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps}
     rows = [images]
     if reference is not None:
-        source = load_source(reference, load_options(options))
+        source = load_source(reference, load_options(options, spec))
         originals = generate(spec, source.denoiser(), noise, conditions, seed)
         values = psnr(originals, images)
         result["psnr_db"] = {"median": float(values.median()), "mean": float(values.mean()), "worst": float(values.min())}

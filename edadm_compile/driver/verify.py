@@ -44,7 +44,7 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
         EdadmError: unreadable files, or a reference with other inputs.
     """
     loaded = read(artifact)
-    source = load_source(reference, load_options(options))
+    source = load_source(reference, load_options(options, loaded.lowered.sampler))
     _same_inputs(source, loaded)
     config = QuantConfig(attention=str(loaded.manifest["config"]["attention"]))
     program = run_passes(capture(dataclasses.replace(source, sampler=loaded.lowered.sampler)), float_passes(), Context(config))

@@ -35,6 +35,7 @@ class LoadOptions:
         conditions: path of a safetensors file with condition tensors.
         factory: ``package.module:callable`` that builds the module for a state-dict file.
         trust_pickle: open pickled modules.
+        known_sampler: used when neither the options nor the files beside the model give one (a compiled model's).
     """
 
     shape: tuple[int, int, int] | None = None
@@ -44,6 +45,7 @@ class LoadOptions:
     conditions: Path | None = None
     factory: str | None = None
     trust_pickle: bool = False
+    known_sampler: SamplerSpec | None = None
 
 
 def load_source(path: Path, options: LoadOptions | None = None) -> Source:
@@ -218,6 +220,8 @@ def _scheduler_beside(path: Path) -> dict[str, Any] | None:
 def _sampler(options: LoadOptions, found: dict[str, Any] | None, steps: int | None) -> SamplerSpec:
     """The sampler from options first, then from what lay beside the model."""
     config = read_scheduler(options.scheduler) if options.scheduler is not None else found
+    if config is None and options.known_sampler is not None:
+        return options.known_sampler
     if config is None:
         raise InputError(
             "the sampler is unknown: give a diffusers scheduler configuration with --scheduler scheduler_config.json, for example "

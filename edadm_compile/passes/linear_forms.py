@@ -29,12 +29,12 @@ def unify_linears(program: Program) -> int:
 
 
 def _from_addmm(program: Program, node: fx.Node) -> bool:
-    """addmm(b, x, W, beta, alpha) → linear(x, (alpha W)ᵀ, beta b)"""
+    """Rewrite addmm(b, x, W, beta, alpha) → linear(x, (alpha W)ᵀ, beta b)."""
     bias, x, w = node.args[:3]
     weight, constant = _value(program, w), _value(program, bias)
     if weight is None or constant is None or weight.dim() != 2 or constant.dim() != 1:
         return False
-    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    alpha, beta = float(node.kwargs.get("alpha", 1)), float(node.kwargs.get("beta", 1))  # type: ignore[arg-type]
     new_bias: Any = bias
     if beta != 1:
         new_bias = _constant(program, node, f"{constant_target(bias)}_folded", constant * beta)
@@ -44,7 +44,7 @@ def _from_addmm(program: Program, node: fx.Node) -> bool:
 
 
 def _from_matmul(program: Program, node: fx.Node) -> bool:
-    """x W → linear(x, Wᵀ); W x → linear(xᵀ, W)ᵀ"""
+    """Rewrite x W → linear(x, Wᵀ) and W x → linear(xᵀ, W)ᵀ."""
     left, right = node.args
     weight = _value(program, right)
     if weight is not None and weight.dim() == 2:
@@ -58,7 +58,7 @@ def _from_matmul(program: Program, node: fx.Node) -> bool:
 
 
 def _linear(node: fx.Node, graph: fx.Graph, x: Any, weight: Any, swap: list[int]) -> fx.Node:
-    """linear(xᵀ, weight)ᵀ in front of `node`."""
+    """Insert linear(xᵀ, weight)ᵀ in front of `node`."""
     with graph.inserting_before(node):
         turned = graph.call_function(aten.transpose.int, (x, *swap))
         product = graph.call_function(aten.linear.default, (turned, weight, None))
@@ -67,7 +67,7 @@ def _linear(node: fx.Node, graph: fx.Graph, x: Any, weight: Any, swap: list[int]
 
 
 def _from_einsum(program: Program, node: fx.Node) -> bool:
-    """einsum over a tensor and a constant matrix that share one summed index (score_sde's NIN) → permuted linear"""
+    """Rewrite einsum over a tensor and a constant matrix with one summed index (score_sde's NIN) → permuted linear."""
     operands = node.args[1]
     equation = str(node.args[0]).replace(" ", "")
     if not isinstance(operands, (list, tuple)) or len(operands) != 2 or "." in equation or "->" not in equation:
@@ -114,7 +114,7 @@ def separate_layers(program: Program) -> int:
             name = child_name(module, base, f"use{serial}")
         seen.add(name)
         if name != layer_name(node):
-            value = get_constant(module, str(node.args[1].target))  # type: ignore[union-attr]
+            value = get_constant(module, str(node.args[1].target))
             set_constant(module, f"{name}.weight", value)
             with graph.inserting_before(node):
                 node.args = (node.args[0], graph.get_attr(f"{name}.weight"), *node.args[2:])

@@ -202,7 +202,8 @@ def check_coverage(module: fx.GraphModule, adapter: CallAdapter, signature: Sign
         owners = sorted({name.rpartition(".")[0] or name for name in hidden})
         raise CaptureError(
             f"{len(owners)} layer(s) of the model are hidden from the captured graph although its output depends on them: {', '.join(owners[:5])}. "
-            "A checkpoint wrapper, a custom operator or a cached result usually hides them: disable it (use_checkpoint=False), or export under torch.no_grad()"
+            "A checkpoint wrapper, a custom operator or a cached result usually hides them: disable it "
+            "(use_checkpoint=False), or export under torch.no_grad()"
         )
     used = {name.rpartition(".")[0] for name in parameters if name not in unread}
     return sorted({owner for name in unread if (owner := name.rpartition(".")[0]) not in used})
@@ -249,4 +250,4 @@ def check_ops(program: Program) -> None:
 def _place(program: Program, name: str) -> str:
     """Module path of the first node that calls an operator."""
     node = next(n for n in program.graph_module.graph.nodes if n.op == "call_function" and op_name(n.target) == name)
-    return (node.meta.get("scope") or ("the top level",))[-1]  # type: ignore[no-any-return]
+    return (node.meta.get("scope") or ("the top level",))[-1]

@@ -122,7 +122,10 @@ def test_every_flipped_byte_is_noticed(data, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0", b"plain text, nothing else\n" * 10, b"\xff" * 64, b"\0" * 64, b"PK\x03\x04" + b"\0" * 100, (2**63).to_bytes(8, "little") + b"{}", b"{}"],
+    [
+        b"", b"\0", b"plain text, nothing else\n" * 10, b"\xff" * 64, b"\0" * 64, b"PK\x03\x04" + b"\0" * 100,
+        (2**63).to_bytes(8, "little") + b"{}", b"{}",
+    ],
     ids=["empty", "one byte", "text", "ones", "zeros", "zip", "absurd header", "json"],
 )  # fmt: skip
 def test_foreign_files_are_refused(content, tmp_path):

@@ -47,11 +47,13 @@ def test_every_kind_of_argument_survives():
     assert_same_function(program, other, depth=0)
 
 
-_PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=20) | st.sampled_from([torch.float32, torch.int8, torch.bool]),
-    lambda inner: st.lists(inner, max_size=3) | st.builds(slice, st.integers(0, 9), st.integers(0, 9), st.none()),
-    max_leaves=6,
+_LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.floats(allow_nan=False), st.text(max_size=20),
+    st.sampled_from([torch.float32, torch.int8, torch.bool]),
 )  # fmt: skip
+_PLAIN = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.builds(slice, st.integers(0, 9), st.integers(0, 9), st.none()), max_leaves=6
+)
 
 
 @settings(max_examples=200, deadline=None)
