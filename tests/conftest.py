@@ -3,14 +3,25 @@ import pytest
 from edadm_compile.driver.compile import to_artifact
 from edadm_compile.pipeline import compile_source
 from edadm_compile.runtime.artifact import to_bytes
-from tests.graphs import TinyUNet, small_config, source_of
+from tests.graphs import TinyUNet, float_program, small_config, source_of
 
 
 @pytest.fixture(scope="session")
-def compiled():
-    """A tiny labelled UNet, compiled with everything on."""
-    source = source_of(TinyUNet(classes=5), num_classes={"label": 5})
-    return compile_source(source, small_config(attention="int8"))
+def labelled_source():
+    """A tiny UNet with five class labels."""
+    return source_of(TinyUNet(classes=5), num_classes={"label": 5})
+
+
+@pytest.fixture(scope="session")
+def labelled_program(labelled_source):
+    """The same after all float passes."""
+    return float_program(labelled_source)
+
+
+@pytest.fixture(scope="session")
+def compiled(labelled_source):
+    """The same, compiled with everything on."""
+    return compile_source(labelled_source, small_config(attention="int8"))
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,14 @@ from edadm_compile.calibration.collect import bottleneck, collect
 from edadm_compile.calibration.tdac import tdac, uniform
 from edadm_compile.config import TdacConfig
 from edadm_compile.errors import CalibrationError
-from tests.graphs import DDIM, GraphBuilder, TinyUNet, float_program, small_config, source_of
+from tests.graphs import DDIM, GraphBuilder, float_program, small_config, source_of
 
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def labelled():
-    model = TinyUNet(classes=5)
-    return model, float_program(source_of(model, steps=STEPS, num_classes={"label": 5}))
+def labelled(labelled_source, labelled_program):
+    return labelled_source.module, labelled_program
 
 
 def _brute_force(model, noise, labels):

@@ -62,6 +62,14 @@ def test_the_quantile_radius_does_not_depend_on_the_feature_scale():
         assert torch.equal(scaled.counts, plain.counts) and torch.equal(scaled.density, plain.density)
 
 
+@pytest.mark.parametrize("quantile", [0.0, 0.25, 0.5, 1.0])
+def test_the_radius_is_a_quantile_of_the_distances_between_different_steps(quantile):
+    features = _features(steps=4)
+    pairs = [float((a.double() - b.double()).square().mean()) for a in features for b in features if a is not b]
+    expected = float(torch.quantile(torch.tensor(pairs, dtype=torch.float64), quantile))
+    assert tdac.score(features, TdacConfig(radius_quantile=quantile))[2] == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("samples", [1, 7, 100])
 def test_one_step(samples):
     result = tdac.tdac(_features(steps=1), samples, TdacConfig())

@@ -7,7 +7,7 @@ from edadm_compile.ir.analysis import is_layer, layer_weight
 from edadm_compile.ir.program import get_constant, layer_of, set_constant
 from edadm_compile.passes.insert_quant import layer_name
 from edadm_compile.quant import packing
-from tests.graphs import TinyUNet, float_program, inputs_for, source_of
+from tests.graphs import inputs_for
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +103,12 @@ def test_a_missing_twin_is_found(compiled, inputs):
 
 
 @pytest.fixture(scope="module")
-def weights(compiled):
-    model = TinyUNet(classes=5)
-    program = float_program(source_of(model, num_classes={"label": 5}), compiled.config)
+def weights(labelled_program):
     found = {}
-    for node in program.graph_module.graph.nodes:
+    for node in labelled_program.graph_module.graph.nodes:
         if is_layer(node):
             axis = 1 if "transpose" in str(node.target) else 0
-            found[layer_name(node)] = (layer_weight(program, node).transpose(0, axis), axis)
+            found[layer_name(node)] = (layer_weight(labelled_program, node).transpose(0, axis), axis)
     return found
 
 

@@ -25,6 +25,7 @@ UNET = {
     "sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "block_out_channels": [8, 8], "norm_num_groups": 4,
     "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"], "add_attention": False,
 }  # fmt: skip
+IMPOSSIBLE = {**UNET, "down_block_types": ["Nothing", "Nothing"]}
 
 
 @pytest.fixture
@@ -93,7 +94,9 @@ def test_a_list(place: Path) -> None:
 
 def test_a_pickled_module_is_refused_with_three_safe_ways(place: Path) -> None:
     torch.save(build(), place / "model.pt")
-    message = refused(place / "model.pt", "pickled Python object", "can run any code", "torch.export.save", "--factory", "save_pretrained", "--trust-pickle")
+    message = refused(
+        place / "model.pt", "pickled Python object", "can run any code", "torch.export.save", "--factory", "save_pretrained", "--trust-pickle"
+    )
     assert all(f"({n})" in message for n in (1, 2, 3))
 
 
@@ -343,7 +346,10 @@ def test_an_archive_whose_condition_has_no_values(archives: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tensors", "words"),
-    [({"y": torch.zeros(3, 2)}, ("condition 'y' has rows of shape []", "gives [2]")), ({"y": torch.zeros(3), "z": torch.zeros(3)}, ("'z' is not an input", "x, t, y"))],
+    [
+        ({"y": torch.zeros(3, 2)}, ("condition 'y' has rows of shape []", "gives [2]")),
+        ({"y": torch.zeros(3), "z": torch.zeros(3)}, ("'z' is not an input", "x, t, y")),
+    ],
     ids=["another shape", "an unknown name"],
 )
 def test_an_archive_with_conditions_that_do_not_fit(archives: Path, tmp_path: Path, tensors: dict[str, Tensor], words: tuple[str, ...]) -> None:
@@ -401,7 +407,7 @@ def _same_predictions(source: Source, model: nn.Module) -> None:
         ({"sampler": {"steps": 1000}}, ("got 1000, allowed 1 to 100",)),
         ({"model": {"class_name": "MyUNet", "config": {}}}, ("'MyUNet'", "UNet2DModel", ".pt2", "--factory")),
         ({"model": {"class_name": "UNet2DModel", "config": [1]}}, ("no dictionary 'config'",)),
-        ({"model": {"class_name": "UNet2DModel", "config": {**UNET, "down_block_types": ["Nothing", "Nothing"]}}}, ("refuses its configuration", "Nothing")),
+        ({"model": {"class_name": "UNet2DModel", "config": IMPOSSIBLE}}, ("refuses its configuration", "Nothing")),
         ({"state_dict": {"conv_in.weight": torch.zeros(8, 3, 3, 3)}}, ("weights do not fit", "Missing key")),
         ({"state_dict": {"conv_in.weight": 3}}, ("'conv_in.weight' is a int", "tensors only")),
     ],
@@ -462,7 +468,11 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", ("config.json is not valid JSON",)), ("[1]", ("holds a list", "diffusers UNet")), ('{"_class_name": "AutoencoderKL"}', ("'AutoencoderKL'", "UNet2DModel"))],
+    [
+        ("{", ("config.json is not valid JSON",)),
+        ("[1]", ("holds a list", "diffusers UNet")),
+        ('{"_class_name": "AutoencoderKL"}', ("'AutoencoderKL'", "UNet2DModel")),
+    ],
     ids=["not json", "a list", "another class"],
 )
 def test_a_folder_with_another_configuration(folder: Path, content: str, words: tuple[str, ...]) -> None:

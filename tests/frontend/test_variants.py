@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from edadm_compile.config import QuantConfig, ReconstructionConfig, TdacConfig
+from edadm_compile.driver.compile import to_artifact
 from edadm_compile.evaluate.contract import check_layers
 from edadm_compile.frontend import source_from_module
 from edadm_compile.ir.ops import op_name
@@ -17,6 +19,7 @@ from edadm_compile.ir.program import Program, SamplerSpec, layers
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import truth_table
+from edadm_compile.runtime.artifact import read, write
 from tests.models.variants import SIZE, VARIANTS, make
 
 SAMPLER = SamplerSpec({"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "beta_schedule": "linear"}, 3)
@@ -48,6 +51,7 @@ BLOCKS = {
 FLOAT = {
     "grouped": {"body.up": "grouped transposed"},
     "computed_weights": {"body": "bias is computed", "body.conv2d_3": "computed weight"},
+    "autocast": {"body.coarse": "computes in torch.bfloat16"},
     "constant_planes": {"body.conv.part1": "same for every sample"},
     "einsum_attention_in_own_checkpoint": {"body.einsum": "two activations", "body.einsum_1": "two activations"},
     "bmm_attention": {"body.bmm": "two activations", "body.bmm_1": "two activations"},
@@ -177,6 +181,17 @@ def test_the_integer_program_gives_a_sample_the_same_result_in_any_batch(name: s
     assert torch.isfinite(whole).all()
     # The float operators between the integer layers may round differently by batch, and a code on a tie then flips.
     assert float((whole - single).square().sum()) < 1e-3 * float(whole.square().sum())
+
+
+@every_variant
+def test_a_file_holds_the_same_program(name: str, tmp_path: Path) -> None:
+    case = compiled(name)
+    write(to_artifact(case.result), tmp_path / "model.qmod")
+    loaded = read(tmp_path / "model.qmod")
+    x, t = inputs(3, case.float_program.signature.inputs[1].dtype)
+    assert torch.equal(loaded.lowered(x, t), case.result.lowered(x, t))
+    assert torch.equal(loaded.qdq(x, t), case.result.qdq(x, t))
+    assert truth_table(loaded.lowered, CONFIG.name) == truth_table(case.result.lowered, CONFIG.name)
 
 
 def _operators(program: Program) -> set[str]:

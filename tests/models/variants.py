@@ -455,6 +455,22 @@ class SequenceConv1d(nn.Module):
         return y
 
 
+class Autocast(nn.Module):
+    """A region in bfloat16, and one where autocast is switched off again, as in CompVis' attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.exact = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.coarse(F.silu(h))
+            with torch.autocast("cpu", enabled=False):
+                y = self.exact(y.float())
+        return h + y.float()
+
+
 class LenOfBatch(Shell):
     """A loop over len(x): torch.export fixes the batch."""
 
@@ -542,6 +558,7 @@ VARIANTS: dict[str, Callable[[], nn.Module]] = {
     "unused_layer": lambda: Shell(UnusedLayer()),
     "constant_planes": lambda: Shell(Coordinates()),
     "conv1d": lambda: Shell(SequenceConv1d()),
+    "autocast": lambda: Shell(Autocast()),
     "len_of_batch": lambda: LenOfBatch(ScaleShift()),
     "shifted_input": lambda: ShiftedInput(ScaleShift()),
     "second_stem": lambda: SecondStem(ScaleShift()),

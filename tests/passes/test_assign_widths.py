@@ -9,9 +9,8 @@ from tests.graphs import GraphBuilder, TinyUNet, apply, collected, count_ops, fl
 
 
 @pytest.fixture(scope="module")
-def labelled():
-    program = float_program(source_of(TinyUNet(classes=5), num_classes={"label": 5}))
-    return program, collected(program, small_config())
+def labelled(labelled_program):
+    return labelled_program, collected(labelled_program, small_config())
 
 
 def _assigned(labelled, **changes):

@@ -3,14 +3,20 @@ import torch
 from torch import nn
 
 from edadm_compile.errors import InputError
-from edadm_compile.ir.program import placeholders
+from edadm_compile.ir.program import Program, placeholders
 from edadm_compile.passes.canonicalize import Canonicalize
 from edadm_compile.passes.time_tables import FoldTimePath
 from tests.graphs import TinyUNet, apply, assert_close, assert_same_function, captured, inputs_for
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """A tiny UNet without conditions, canonical."""
+    return apply(captured(TinyUNet()), Canonicalize())[0]
+
+
 def _folded(model, **options):
-    before, _ = apply(captured(model, **options), Canonicalize())
+    before = model if isinstance(model, Program) else apply(captured(model, **options), Canonicalize())[0]
     after, ctx = apply(before, FoldTimePath())
     return before, after, ctx.stats["time_tables"]
 
@@ -39,14 +45,14 @@ def test_rule_1_values_of_the_timestep_alone_become_tables():
     assert_same_function(before, after, depth=0)  # random timesteps go by the path: the same operators
 
 
-def test_all_projections_of_the_embedding_fold_without_conditions():
-    _, after, stats = _folded(TinyUNet())
+def test_all_projections_of_the_embedding_fold_without_conditions(plain):
+    _, after, stats = _folded(plain)
     assert set(after.time.folded) == {"time.0", "time.2", "block1.emb", "block2.emb", "block3.emb"}
     assert stats["tables"] == 3 and not [n for n in after.graph_module.graph.nodes if "emb" in str(n.target) or "time.0" in str(n.target)]
 
 
-def test_rows_equal_the_path_at_every_key():
-    _, after, _ = _folded(TinyUNet())
+def test_rows_equal_the_path_at_every_key(plain):
+    _, after, _ = _folded(plain)
     time = after.time
     assert time.path is not None and time.keys.tolist() == [0.0, 25.0, 50.0, 75.0]
     for position, key in enumerate(time.keys):
@@ -55,8 +61,8 @@ def test_rows_equal_the_path_at_every_key():
             assert torch.equal(time.tables[name][position], row[0])
 
 
-def test_known_timesteps_read_the_tables():
-    before, after, _ = _folded(TinyUNet())
+def test_known_timesteps_read_the_tables(plain):
+    before, after, _ = _folded(plain)
     x, t = inputs_for(before)[0], torch.tensor([75, 0, 50])
     with torch.no_grad():
         assert_close(after(x, t), before(x, t))
@@ -66,8 +72,8 @@ def test_known_timesteps_read_the_tables():
         assert float((after(x, t) - before(x, t)).abs().max()) > 1e-3  # they do
 
 
-def test_other_timesteps_go_by_the_path():
-    before, after, _ = _folded(TinyUNet())
+def test_other_timesteps_go_by_the_path(plain):
+    before, after, _ = _folded(plain)
     x, t = inputs_for(before)[0], torch.tensor([75, 1, 50])  # one unknown is enough
     after.time.tables.update({name: torch.full_like(table, torch.nan) for name, table in after.time.tables.items()})
     with torch.no_grad():

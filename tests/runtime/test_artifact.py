@@ -84,6 +84,19 @@ def test_a_failed_write_leaves_the_old_file(artifact, tmp_path, monkeypatch, err
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.qmod"]
 
 
+def test_the_new_file_appears_at_once_or_not_at_all(artifact, tmp_path, monkeypatch):
+    path = _write(tmp_path / "a.qmod", b"old")
+
+    def fail(self, target):
+        assert target == path and self.parent == path.parent and self.read_bytes() == to_bytes(artifact)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(ArtifactError, match="Input/output error"):
+        write(artifact, path)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.qmod"]
+
+
 def test_a_missing_folder_is_explained(artifact, tmp_path):
     with pytest.raises(ArtifactError, match="cannot write"):
         write(artifact, tmp_path / "nowhere" / "a.qmod")
