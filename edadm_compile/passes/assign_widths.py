@@ -224,5 +224,7 @@ def _apply_rules(program: Program, ctx: Context) -> None:
                 act = info.act_bits if rule.act_bits is None else rule.act_bits
                 if 32 in (weight, act):  # an integer kernel needs both operands in integers
                     weight = act = 32
+                elif not info.weight_shape:  # a product runs in int8 or not at all: 16-bit codes would overflow its int32 sums
+                    weight = act = 8
                 info = replace(info, weight_bits=weight, act_bits=act, note=f"rule {rule.pattern!r}")
         node.meta["layer"] = info

@@ -140,6 +140,15 @@ def test_attention_products_can_have_eight_bits():
     assert [(i.kind, i.weight_bits, i.act_bits) for i in products] == [("matmul", 8, 8)] * 2
 
 
+@pytest.mark.parametrize(("asked", "given"), [(16, 8), (4, 8), (32, 32)])
+def test_rules_for_products_know_int8_and_float_only(asked, given):
+    build = GraphBuilder(x=(2, 6, 6))
+    out = build.op("aten.matmul.default", build.x, build.op("aten.silu.default", build.x))
+    config = small_config(attention="int8", uniform=True, rules=(LayerRule("*", act_bits=asked),))
+    after, _ = apply(build.program(out), AssignWidths(), config=config)
+    assert [(i.weight_bits, i.act_bits) for i in layers(after)] == [(given, given)]
+
+
 def test_no_operator_changes(labelled):
     after, _, _ = _assigned(labelled)
     assert count_ops(after) == count_ops(labelled[0])
