@@ -55,20 +55,36 @@ def _bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     from edadm_compile.config import PRESETS
 
     for name in reversed(PRESETS):
-        function = click.option(f"--{name}", "preset", flag_value=name, default=None, help=f"{name[1]}-bit weights, {name[3]}-bit activations.")(
-            function
-        )
+        function = click.option(
+            f"--{name}",
+            "preset",
+            flag_value=name,
+            default=None,
+            help=f"{name[1]}-bit weights, {name[3]}-bit activations.",
+        )(function)
     return function
 
 
 def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say how to load a model; shared by every verb that takes one."""
     for option in (
-        click.option("--trust-pickle", is_flag=True, help="Open a pickled module. It can run any code: only for files you made."),
-        click.option("--factory", metavar="PKG.MODULE:CALLABLE", help="Code that builds the module for a state-dict file."),
-        click.option("--cond", "conditions", type=_file, metavar="FILE.safetensors", help="Condition tensors [N, ...] by forward parameter name."),
+        click.option(
+            "--trust-pickle", is_flag=True, help="Open a pickled module. It can run any code: only for files you made."
+        ),
+        click.option(
+            "--factory", metavar="PKG.MODULE:CALLABLE", help="Code that builds the module for a state-dict file."
+        ),
+        click.option(
+            "--cond",
+            "conditions",
+            type=_file,
+            metavar="FILE.safetensors",
+            help="Condition tensors [N, ...] by forward parameter name.",
+        ),
         click.option("--steps", type=int, help="Sampler steps (default: the checkpoint's, else 50)."),
-        click.option("--scheduler", type=_file, metavar="FILE.json", help="diffusers scheduler_config.json of the sampler."),
+        click.option(
+            "--scheduler", type=_file, metavar="FILE.json", help="diffusers scheduler_config.json of the sampler."
+        ),
         click.option("--shape", metavar="C,H,W", help="Input shape when it cannot be inferred."),
     ):
         function = option(function)
@@ -93,14 +109,20 @@ def main() -> None:
 @_bits_flags
 @click.option("--weights-bits", type=int, help="Weight width, 2 to 8.")
 @click.option("--acts-bits", type=int, help="Activation width, 2 to 8 or 16.")
-@click.option("--method", type=click.Choice(["eda-dm", "minmax"]), help="eda-dm (default) or the round-to-nearest baseline.")
+@click.option(
+    "--method", type=click.Choice(["eda-dm", "minmax"]), help="eda-dm (default) or the round-to-nearest baseline."
+)
 @click.option("--uniform", is_flag=True, default=None, help="Strict widths: no promoted layers, 8-bit stem input.")
-@click.option("--attention", type=click.Choice(["float", "int8"]), help="Attention products in float (default) or int8.")
+@click.option(
+    "--attention", type=click.Choice(["float", "int8"]), help="Attention products in float (default) or int8."
+)
 @click.option("--iters", type=int, help="Reconstruction steps per block (0: round to nearest).")
 @click.option("--calib-samples", type=int, help="Calibration samples.")
 @click.option("--seed", type=int, help="Seed of every random draw (default 0).")
 @click.option("--device", default="cpu", show_default=True, help="Where to calibrate and reconstruct.")
-@click.option("--config", "config_file", type=_file, metavar="FILE.toml", help="Settings file; options on the command line win.")
+@click.option(
+    "--config", "config_file", type=_file, metavar="FILE.toml", help="Settings file; options on the command line win."
+)
 @source_options
 @click.option("--dump-graphs", type=_file, metavar="DIR", help="Write the graph after each pass.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
@@ -108,7 +130,14 @@ def main() -> None:
 @_debug
 @guarded
 def compile(
-    model: Path, output: Path | None, quiet: bool, as_json: bool, device: str, config_file: Path | None, dump_graphs: Path | None, **options: Any
+    model: Path,
+    output: Path | None,
+    quiet: bool,
+    as_json: bool,
+    device: str,
+    config_file: Path | None,
+    dump_graphs: Path | None,
+    **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
 
@@ -119,7 +148,12 @@ def compile(
     from edadm_compile.report import tables
 
     request = driver.Request(
-        model=model, output=output or model.with_suffix(".qmod"), device=device, config_file=config_file, dump=dump_graphs, options=options
+        model=model,
+        output=output or model.with_suffix(".qmod"),
+        device=device,
+        config_file=config_file,
+        dump=dump_graphs,
+        options=options,
     )
     with bars.reporter(quiet or as_json) as progress:
         summary = driver.run(request, progress)
@@ -150,7 +184,9 @@ def inspect(artifact: Path, as_json: bool) -> None:
 @click.argument("artifact", type=_file)
 @click.option("-n", "count", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Images.")
 @click.option("-o", "--output", type=_file, default=Path("grid.png"), show_default=True, help="PNG to write.")
-@click.option("--reference", type=_file, metavar="MODEL", help="Float model: sampled from the same noise, rows side by side.")
+@click.option(
+    "--reference", type=_file, metavar="MODEL", help="Float model: sampled from the same noise, rows side by side."
+)
 @click.option("--label", type=int, help="Class label for all images (default: labels in turn).")
 @click.option("--seed", type=int, default=0, show_default=True)
 @source_options

@@ -134,7 +134,9 @@ def compile_source(
     measured = _quality(program, result, source, ctx) if quality else None
     clock.mark("quality")
     counts = ctx.calibration.allocation.counts.tolist()
-    return CompileResult(qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance())
+    return CompileResult(
+        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance()
+    )
 
 
 def _evaluations(program: Program, config: QuantConfig) -> int:

@@ -36,7 +36,13 @@ class GraphBuilder:
         conditions: shapes of float conditions by name.
     """
 
-    def __init__(self, x: tuple[int, ...] = (4, 8, 8), t_dtype: torch.dtype = torch.int64, seed: int = 0, **conditions: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        x: tuple[int, ...] = (4, 8, 8),
+        t_dtype: torch.dtype = torch.int64,
+        seed: int = 0,
+        **conditions: tuple[int, ...],
+    ) -> None:
         self.root, self.graph = nn.Module(), fx.Graph()
         self.generator = torch.Generator().manual_seed(seed)
         specs = [InputSpec("x", x, torch.float32, "x"), InputSpec("t", (), t_dtype, "t")]
@@ -59,11 +65,24 @@ class GraphBuilder:
         set_constant(self.root, name, value)
         return self.graph.get_attr(name)
 
-    def conv(self, name: str, x: fx.Node, inner: int, outer: int, kernel: int = 3, scope: tuple[str, ...] | None = None, **meta: Any) -> fx.Node:
+    def conv(
+        self,
+        name: str,
+        x: fx.Node,
+        inner: int,
+        outer: int,
+        kernel: int = 3,
+        scope: tuple[str, ...] | None = None,
+        **meta: Any,
+    ) -> fx.Node:
         """A "same" convolution with a bias; annotated as a 4-bit layer."""
-        w = self.constant(f"{name}.weight", self.random(outer, inner, kernel, kernel, scale=(inner * kernel**2) ** -0.5))
+        w = self.constant(
+            f"{name}.weight", self.random(outer, inner, kernel, kernel, scale=(inner * kernel**2) ** -0.5)
+        )
         b = self.constant(f"{name}.bias", self.random(outer, scale=0.1))
-        node = self.op("aten.conv2d.default", x, w, b, [1, 1], [kernel // 2] * 2, scope=(name,) if scope is None else scope)
+        node = self.op(
+            "aten.conv2d.default", x, w, b, [1, 1], [kernel // 2] * 2, scope=(name,) if scope is None else scope
+        )
         node.meta["layer"] = LayerInfo(name, "conv2d", (outer, inner, kernel, kernel), "inner", 4, 8)
         node.meta.update(meta)
         return node
@@ -76,7 +95,15 @@ class GraphBuilder:
         node.meta["layer"] = LayerInfo(name, "linear", (outer, inner), "inner", 4, 8)
         return node
 
-    def program(self, output: fx.Node, dialect: str = "float", *, time: TimeTables | None = None, steps: int = 4, shapes: bool = True) -> Program:
+    def program(
+        self,
+        output: fx.Node,
+        dialect: str = "float",
+        *,
+        time: TimeTables | None = None,
+        steps: int = 4,
+        shapes: bool = True,
+    ) -> Program:
         self.graph.output(output)
         module = fx.GraphModule(self.root, self.graph)
         signature = Signature(self.specs, "tensor", 1024, 1, "test")
@@ -110,7 +137,9 @@ def inputs_for(program: Program, batch: int = 3, seed: int = 1) -> list[Tensor]:
         elif spec.dtype.is_floating_point:
             values.append(torch.randn((batch, *spec.shape), generator=generator, dtype=spec.dtype))
         else:
-            values.append(torch.randint(0, spec.num_classes or 2, (batch, *spec.shape), generator=generator).to(spec.dtype))
+            values.append(
+                torch.randint(0, spec.num_classes or 2, (batch, *spec.shape), generator=generator).to(spec.dtype)
+            )
     return values
 
 
@@ -130,7 +159,9 @@ def assert_same_function(before: Program, after: Program, depth: int = 256, batc
             assert_close(after(*inputs), before(*inputs), depth)
 
 
-def apply(program: Program, *passes: Pass, config: QuantConfig | None = None, calibration: Any = None) -> tuple[Program, Context]:
+def apply(
+    program: Program, *passes: Pass, config: QuantConfig | None = None, calibration: Any = None
+) -> tuple[Program, Context]:
     """Run passes the way the pipeline does."""
     context = Context(config or QuantConfig(), calibration=calibration)
     return run_passes(program, list(passes), context), context

@@ -139,9 +139,9 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     config = make_config({"preset": "w4a6", "seed": 3, "iters": 2, "uniform": None}, path)
     assert (config.weight_bits, config.act_bits, config.seed, config.reconstruction.iters) == (4, 6, 3, 2)
     assert config.tdac.radius == 0.5 and not config.uniform
-    assert make_config({"weights_bits": 3, "acts_bits": 16, "attention": "int8", "method": "minmax"}, None) == QuantConfig(
-        3, 16, attention="int8", method="minmax"
-    )
+    assert make_config(
+        {"weights_bits": 3, "acts_bits": 16, "attention": "int8", "method": "minmax"}, None
+    ) == QuantConfig(3, 16, attention="int8", method="minmax")
     assert make_config({"preset": "w4a8", "weights_bits": 4}, None) == QuantConfig(4, 8)
 
 

@@ -62,7 +62,13 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Benchmark(args.n, args.trajectories)
-    results: dict[str, Any] = {"machine": machine(), "n": args.n, "trajectories": args.trajectories, "seed": args.seed, "rows": {}}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "n": args.n,
+        "trajectories": args.trajectories,
+        "seed": args.seed,
+        "rows": {},
+    }
     results["rows"]["float"] = bench.float_row()
     for name in args.only:
         results["rows"][name] = bench.row(name, args.seed)
@@ -72,7 +78,9 @@ def main() -> None:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -124,7 +132,9 @@ class Benchmark:
             path = Path(folder) / "digits.qmod"
             size = write(to_artifact(result), path)
             compiled = load(path)
-        noise = compare_noise(self.float_model, compiled.predict, self.source.sampler, self.fresh, self.fresh_conditions)
+        noise = compare_noise(
+            self.float_model, compiled.predict, self.source.sampler, self.fresh, self.fresh_conditions
+        )
         images = self._sample(compiled.predict)
         distances = psnr(self.images, images)
         return {

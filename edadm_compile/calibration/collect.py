@@ -36,7 +36,11 @@ def bottleneck(program: Program, override: str | None = None) -> fx.Node:
             raise CalibrationError(f"bottleneck: no node called {override!r} in the float graph")
         return named
     dependent = x_dependent(graph)
-    maps = [n for n in graph.nodes if n in dependent and n.op == "call_function" and len(shape_of(n)) == 4 and n.meta.get("dtype") == torch.float32]
+    maps = [
+        n
+        for n in graph.nodes
+        if n in dependent and n.op == "call_function" and len(shape_of(n)) == 4 and n.meta.get("dtype") == torch.float32
+    ]
     maps = [n for n in maps if shape_of(n)[2] > 1 and shape_of(n)[3] > 1] or maps
     if not maps:
         raise CalibrationError("bottleneck: the graph has no 4-D activation; name a node to use instead")
@@ -136,7 +140,9 @@ def _score_batch(
 
     def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
         if not bool(torch.isfinite(prediction).all()):
-            raise CalibrationError(f"the model's prediction at timestep {t:g} is not finite; check the weights and the scheduler")
+            raise CalibrationError(
+                f"the model's prediction at timestep {t:g} is not finite; check the weights and the scheduler"
+            )
         # A scheduler such as PNDM calls the model more than once at some timesteps: every call is a step here.
         features.append(tap.feature)
         states.append(x_in.clone())

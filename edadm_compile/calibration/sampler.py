@@ -83,7 +83,9 @@ def draw_noise(signature: Signature, n: int, generator: torch.Generator) -> Tens
     return torch.randn((n, *signature.inputs[0].shape), generator=generator)
 
 
-def draw_conditions(signature: Signature, n: int, generator: torch.Generator, pool: dict[str, Tensor] | None = None) -> list[Tensor]:
+def draw_conditions(
+    signature: Signature, n: int, generator: torch.Generator, pool: dict[str, Tensor] | None = None
+) -> list[Tensor]:
     """Conditions for `n` trajectories: rows of the user's pool (the same rows for all), else random labels.
 
     Raises:
@@ -94,7 +96,9 @@ def draw_conditions(signature: Signature, n: int, generator: torch.Generator, po
     return [_draw_condition(spec, n, generator, pool, rows) for spec in signature.conditions]
 
 
-def _draw_condition(spec: InputSpec, n: int, generator: torch.Generator, pool: dict[str, Tensor], rows: dict[int, Tensor]) -> Tensor:
+def _draw_condition(
+    spec: InputSpec, n: int, generator: torch.Generator, pool: dict[str, Tensor], rows: dict[int, Tensor]
+) -> Tensor:
     if spec.name in pool:
         length = pool[spec.name].shape[0]
         if length not in rows:  # tensors of one length are rows of one table: keep them together
@@ -144,6 +148,8 @@ def sample(
                 hook(index, float(t), x_in, prediction)
             noise = predicted_noise(prediction, x.shape[1])
             if noise.shape != x.shape:
-                raise InputError(f"the model predicts {list(prediction.shape)} for x {list(x.shape)}; expected noise of the shape of x")
+                raise InputError(
+                    f"the model predicts {list(prediction.shape)} for x {list(x.shape)}; expected noise of the shape of x"
+                )
             x = scheduler.step(noise, t, x, **extra).prev_sample
     return x

@@ -48,7 +48,9 @@ def score(features: list[Tensor], config: TdacConfig) -> tuple[Tensor, Tensor, f
     """
     for index, feature in enumerate(features):
         if not bool(torch.isfinite(feature).all()):
-            raise CalibrationError(f"bottleneck feature at sampler step {index} is not finite; check the model and its scheduler")
+            raise CalibrationError(
+                f"bottleneck feature at sampler step {index} is not finite; check the model and its scheduler"
+            )
     flat = torch.stack([f.reshape(-1).double() for f in features])
     unit = torch.stack([_unit(f).reshape(-1) for f in features])
     count, size = flat.shape

@@ -113,7 +113,9 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
         value = options.get(option)
         if value is not None:
             if preset is not None and name in ("weight_bits", "act_bits") and values[name] != value:
-                raise ConfigError(f"--{preset} and --{option.replace('_', '-')} {value} contradict each other; give one of them")
+                raise ConfigError(
+                    f"--{preset} and --{option.replace('_', '-')} {value} contradict each other; give one of them"
+                )
             values[name] = value
     if options.get("iters") is not None:
         listed = values.get("reconstruction", {})
@@ -187,6 +189,8 @@ def _dumper(folder: Path | None) -> Any:
     counter = iter(range(100))
 
     def dump(name: str, program: Program) -> None:
-        (folder / f"{next(counter):02d}_{name}.txt").write_text(f"# dialect {program.dialect}\n{program.graph_module.graph}\n")
+        (folder / f"{next(counter):02d}_{name}.txt").write_text(
+            f"# dialect {program.dialect}\n{program.graph_module.graph}\n"
+        )
 
     return dump

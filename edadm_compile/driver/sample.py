@@ -26,7 +26,14 @@ _BATCH = 64
 
 
 def run(
-    artifact: Path, count: int, output: Path, reference: Path | None, label: int | None, seed: int, as_json: bool = False, **options: Any
+    artifact: Path,
+    count: int,
+    output: Path,
+    reference: Path | None,
+    label: int | None,
+    seed: int,
+    as_json: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Sample `count` images and write a grid.
 
@@ -46,13 +53,19 @@ def run(
         source = load_source(reference, load_options(options, spec))
         originals = generate(spec, source.denoiser(), noise, conditions, seed)
         values = psnr(originals, images)
-        result["psnr_db"] = {"median": float(values.median()), "mean": float(values.mean()), "worst": float(values.min())}
+        result["psnr_db"] = {
+            "median": float(values.median()),
+            "mean": float(values.mean()),
+            "worst": float(values.min()),
+        }
         rows = [originals, images]
     write_grid(rows, output, columns_for(model.signature, count))
     return result
 
 
-def inputs(model: CompiledModel, count: int, seed: int, label: int | None, pool: Path | None) -> tuple[Tensor, list[Tensor]]:
+def inputs(
+    model: CompiledModel, count: int, seed: int, label: int | None, pool: Path | None
+) -> tuple[Tensor, list[Tensor]]:
     """Noise and conditions for `count` images; labels in turn unless one is asked for."""
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(model.signature, count, generator)
@@ -62,7 +75,9 @@ def inputs(model: CompiledModel, count: int, seed: int, label: int | None, pool:
 
         tensors = dict(load_file(pool))
     conditions = draw_conditions(model.signature, count, generator, tensors)
-    if label is not None and not any(s.num_classes is not None and s.name not in tensors for s in model.signature.conditions):
+    if label is not None and not any(
+        s.num_classes is not None and s.name not in tensors for s in model.signature.conditions
+    ):
         raise InputError("--label: the model takes no class label that is drawn here")
     for index, spec in enumerate(model.signature.conditions):
         if spec.num_classes is not None and spec.name not in tensors:

@@ -47,7 +47,9 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
     source = load_source(reference, load_options(options, loaded.lowered.sampler))
     _same_inputs(source, loaded)
     config = QuantConfig(attention=str(loaded.manifest["config"]["attention"]))
-    program = run_passes(capture(dataclasses.replace(source, sampler=loaded.lowered.sampler)), float_passes(), Context(config))
+    program = run_passes(
+        capture(dataclasses.replace(source, sampler=loaded.lowered.sampler)), float_passes(), Context(config)
+    )
     generator = torch.Generator().manual_seed(seed)
     x = sampler.draw_noise(program.signature, count, generator)
     conditions = sampler.draw_conditions(loaded.lowered.signature, count, generator, source.conditions)
@@ -108,7 +110,11 @@ def _end_to_end(program: Program, loaded: Artifact, x: Tensor, conditions: list[
     simulated = compare_noise(program, loaded.qdq, program.sampler, x, conditions, seed)
     integer = compare_noise(program, loaded.lowered, program.sampler, x, conditions, seed)
     between = compare_noise(loaded.qdq, loaded.lowered, program.sampler, x, conditions, seed)
-    return {"simulated_vs_float": simulated.sqnr, "integer_vs_float": integer.sqnr, "integer_vs_simulated": between.sqnr}
+    return {
+        "simulated_vs_float": simulated.sqnr,
+        "integer_vs_float": integer.sqnr,
+        "integer_vs_simulated": between.sqnr,
+    }
 
 
 def _broken(result: dict[str, Any]) -> list[str]:
@@ -117,7 +123,9 @@ def _broken(result: dict[str, Any]) -> list[str]:
     ends = result["end_to_end"]
     lost = ends["simulated_vs_float"] - ends["integer_vs_float"]
     if not lost <= END_TO_END_LOSS_DB:
-        broken.append(f"end to end: integers are {lost:.2f} dB further from the float model than the simulation, allowed {END_TO_END_LOSS_DB} dB")
+        broken.append(
+            f"end to end: integers are {lost:.2f} dB further from the float model than the simulation, allowed {END_TO_END_LOSS_DB} dB"
+        )
     return broken
 
 
@@ -139,10 +147,18 @@ def print_result(result: dict[str, Any]) -> None:
         table.add_column(name)
     for row in result["layers"]:
         equal = "exactly" if row["accumulators_equal"] else "NO"
-        table.add_row(row["layer"], f"{row['accumulators']:,}", equal, f"{row['error_over_bound']:.3f}", style="red" if row["failure"] else "")
+        table.add_row(
+            row["layer"],
+            f"{row['accumulators']:,}",
+            equal,
+            f"{row['error_over_bound']:.3f}",
+            style="red" if row["failure"] else "",
+        )
     out.print(table)
     ends = result["end_to_end"]
-    out.print(f"weights: {result['weights']['checked']} layers within one code of the reference, {len(result['weights']['failures'])} not")
+    out.print(
+        f"weights: {result['weights']['checked']} layers within one code of the reference, {len(result['weights']['failures'])} not"
+    )
     out.print(
         f"noise SQNR against float: simulated {ends['simulated_vs_float']:.2f} dB, integer {ends['integer_vs_float']:.2f} dB; "
         f"integer against simulated {ends['integer_vs_simulated']:.1f} dB"

@@ -64,5 +64,8 @@ def compare_images(
     Returns:
         (reference images, candidate images, PSNR float64 [B]).
     """
-    images = [sample(model, spec, x, conditions, generator=torch.Generator().manual_seed(seed)) for model in (reference, candidate)]
+    images = [
+        sample(model, spec, x, conditions, generator=torch.Generator().manual_seed(seed))
+        for model in (reference, candidate)
+    ]
     return images[0], images[1], psnr(images[0], images[1])

@@ -53,7 +53,9 @@ class _Capture(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         info = layer_of(n)
         if info is not None and info.weight_bits < 32:
-            pairs = [a for a in n.args[:2] if isinstance(a, fx.Node) and op_name(a.target) == "edadm.dequantize.default"]
+            pairs = [
+                a for a in n.args[:2] if isinstance(a, fx.Node) and op_name(a.target) == "edadm.dequantize.default"
+            ]
             codes = [self.env[pair.all_input_nodes[0]] for pair in pairs]
             self._visit(n, codes)
         return super().run_node(n)
@@ -80,7 +82,9 @@ def check_layers(qdq: Program, lowered: Program, inputs: Sequence[Tensor]) -> li
     return reports
 
 
-def _check_weighted(name: str, lowered: Program, qdq: Program, node: fx.Node, twin: fx.Node, x_q: Tensor) -> LayerReport:
+def _check_weighted(
+    name: str, lowered: Program, qdq: Program, node: fx.Node, twin: fx.Node, x_q: Tensor
+) -> LayerReport:
     module = lowered.graph_module
     kind = op_name(node.target)
     w_q, multiplier, bias = (get_constant(module, str(a.target)) for a in twin.args[1:4])  # type: ignore[union-attr]
@@ -95,9 +99,15 @@ def _check_weighted(name: str, lowered: Program, qdq: Program, node: fx.Node, tw
     assert isinstance(total, Tensor)
     equal = bool((exact == total - folded).all())
     truth = exact * (scale * w_scale) + float_bias
-    bound = _rounding_bound(terms, multiplier.double().abs(), bias.double().abs(), truth.abs(), (truth - float_bias).abs())
+    bound = _rounding_bound(
+        terms, multiplier.double().abs(), bias.double().abs(), truth.abs(), (truth - float_bias).abs()
+    )
     ratio = float(((_channels_last(result, image).double() - truth).abs() / bound).max())
-    failure = "" if equal and ratio <= 1 else ("int32 accumulators differ" if not equal else f"output error {ratio:.2f} times the rounding bound")
+    failure = (
+        ""
+        if equal and ratio <= 1
+        else ("int32 accumulators differ" if not equal else f"output error {ratio:.2f} times the rounding bound")
+    )
     return LayerReport(name, total.numel(), equal, ratio, failure)
 
 
@@ -121,7 +131,9 @@ def _channels_last(value: Tensor, image: bool) -> Tensor:
     return value.permute(0, 2, 3, 1) if image else value
 
 
-def _integer(kind: str, twin: fx.Node, x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor) -> tuple[list[Tensor], Tensor]:
+def _integer(
+    kind: str, twin: fx.Node, x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor
+) -> tuple[list[Tensor], Tensor]:
     """int32 accumulators (channels last) and the float32 result of the integer layer."""
     args: Any = twin.args
     result = twin.target(x_q, w_q, multiplier, bias, *args[4:])  # type: ignore[operator]
@@ -154,7 +166,9 @@ def _float64_layer(node: fx.Node, x: Tensor, weight: Tensor) -> Tensor:
     return node.target(*args, **node.kwargs)  # type: ignore[operator, no-any-return]
 
 
-def _check_matmul(name: str, lowered: Program, qdq: Program, node: fx.Node, twin: fx.Node, codes: list[Tensor]) -> LayerReport:
+def _check_matmul(
+    name: str, lowered: Program, qdq: Program, node: fx.Node, twin: fx.Node, codes: list[Tensor]
+) -> LayerReport:
     a, b = codes
     _, _, scale_node, zero_a, zero_b = twin.args
     acc = reference.matmul_accumulator(a, b, int(zero_a), int(zero_b))  # type: ignore[arg-type]
@@ -162,14 +176,22 @@ def _check_matmul(name: str, lowered: Program, qdq: Program, node: fx.Node, twin
     zeros = [get_constant(qdq.graph_module, str(arg.args[2].target)).double() for arg in node.args[:2]]  # type: ignore
     # Exact sum by a different route: the four terms of the product expanded.
     k = a.shape[-1]
-    exact = (a.double() @ b.double()) - zeros[0] * b.double().sum(-2, keepdim=True) - zeros[1] * a.double().sum(-1, keepdim=True)
+    exact = (
+        (a.double() @ b.double())
+        - zeros[0] * b.double().sum(-2, keepdim=True)
+        - zeros[1] * a.double().sum(-1, keepdim=True)
+    )
     exact = exact + k * zeros[0] * zeros[1]
     truth = exact * scales[0] * scales[1]
     scale = get_constant(lowered.graph_module, str(scale_node.target))  # type: ignore[union-attr]
     result = twin.target(a, b, scale, zero_a, zero_b)  # type: ignore[operator]
     ratio = float(((result.double() - truth).abs() / (_U * 4 * truth.abs() + 1e-30)).max())
     equal = bool((acc.double() == exact).all())
-    failure = "" if equal and ratio <= 1 else ("int32 accumulators differ" if not equal else f"output error {ratio:.2f} times the rounding bound")
+    failure = (
+        ""
+        if equal and ratio <= 1
+        else ("int32 accumulators differ" if not equal else f"output error {ratio:.2f} times the rounding bound")
+    )
     return LayerReport(name, acc.numel(), equal, ratio, failure)
 
 
@@ -200,5 +222,7 @@ def check_weights(qdq: Program, weights: dict[str, tuple[Tensor, int]]) -> dict[
         wrong = (codes - ideal.clamp(low, high)).abs() > 1 + 1e-5
         checked += 1
         if bool(wrong.any()):
-            failures[info.name] = f"{int(wrong.sum())} of {wrong.numel()} codes are more than one step from the reference"
+            failures[info.name] = (
+                f"{int(wrong.sum())} of {wrong.numel()} codes are more than one step from the reference"
+            )
     return {"checked": checked - len([f for f in failures.values() if "codes" in f]), "failures": failures}

@@ -90,16 +90,24 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
     """
     foreign = [k for k, v in state.items() if not isinstance(v, Tensor)]
     if foreign:
-        raise InputError(f"{where}: state dict entry {foreign[0]!r} is a {type(state[foreign[0]]).__name__}, expected tensors only")
+        raise InputError(
+            f"{where}: state dict entry {foreign[0]!r} is a {type(state[foreign[0]]).__name__}, expected tensors only"
+        )
     try:
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"{where}: weights do not fit the model: {lines[1] if len(lines) > 1 else lines[0]}"[:400]) from None
+        raise InputError(
+            f"{where}: weights do not fit the model: {lines[1] if len(lines) > 1 else lines[0]}"[:400]
+        ) from None
 
 
 def diffusers_source(
-    model: nn.Module, sampler: SamplerSpec, shape: tuple[int, int, int] | None, pool: dict[str, Tensor], origin: dict[str, Any]
+    model: nn.Module,
+    sampler: SamplerSpec,
+    shape: tuple[int, int, int] | None,
+    pool: dict[str, Tensor],
+    origin: dict[str, Any],
 ) -> Source:
     """A source for a diffusers UNet: labels are drawn at random, other conditions come from the user's tensors."""
     classes = getattr(model.config, "num_class_embeds", None)

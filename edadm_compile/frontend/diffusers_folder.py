@@ -39,7 +39,9 @@ def load(
     except (OSError, ValueError) as error:
         raise InputError(f"{config_file} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise InputError(f"{config_file} holds a {type(config).__name__}, expected the configuration of a diffusers UNet")
+        raise InputError(
+            f"{config_file} holds a {type(config).__name__}, expected the configuration of a diffusers UNet"
+        )
     spec = sampler(_find_scheduler(model_dir))
     model = checkpoint.build(str(config.get("_class_name")), config, str(config_file))
     files = _weight_files(model_dir)
@@ -69,7 +71,11 @@ def _weight_files(folder: Path) -> list[Path]:
     candidates = [folder / f"{_WEIGHTS}.safetensors", folder / f"{_WEIGHTS}.fp16.safetensors"]
     found = [file for file in candidates if file.exists()][:1]
     if not found:
-        legacy = " (a .bin file is a pickle: convert it with save_pretrained(safe_serialization=True))" if list(folder.glob("*.bin")) else ""
+        legacy = (
+            " (a .bin file is a pickle: convert it with save_pretrained(safe_serialization=True))"
+            if list(folder.glob("*.bin"))
+            else ""
+        )
         raise InputError(f"{folder} has no {_WEIGHTS}.safetensors{legacy}")
     return found
 

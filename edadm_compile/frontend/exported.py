@@ -34,7 +34,9 @@ def load(path: Path, sampler: SamplerSpec, pool: dict[str, Tensor], origin: dict
     try:
         program = torch.export.load(path)
     except Exception as error:
-        raise InputError(f"{path} is a torch.export archive that this torch {torch.__version__} cannot read: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{path} is a torch.export archive that this torch {torch.__version__} cannot read: {str(error).splitlines()[0]}"
+        ) from error
     signature = _signature(program, path, pool)
     return Source(signature, sampler, None, program, {}, pool, origin)
 
@@ -45,10 +47,14 @@ def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) ->
     tensors = [(n, values[n]) for n in names if isinstance(values.get(n), Tensor)]
     if len(tensors) < 2 or tensors[0][1].dim() != 4 or tensors[1][1].dim() != 1:
         shapes = ", ".join(f"{n} {list(v.shape)}" for n, v in tensors)
-        raise InputError(f"{path}: inputs are {shapes or 'missing'}; expected x [B, C, H, W], t [B], then conditions [B, ...]")
+        raise InputError(
+            f"{path}: inputs are {shapes or 'missing'}; expected x [B, C, H, W], t [B], then conditions [B, ...]"
+        )
     unknown = sorted(set(pool) - {n for n, _ in tensors[2:]})
     if unknown:
-        raise InputError(f"{path}: condition {unknown[0]!r} is not an input; the program takes {', '.join(n for n, _ in tensors)}")
+        raise InputError(
+            f"{path}: condition {unknown[0]!r} is not an input; the program takes {', '.join(n for n, _ in tensors)}"
+        )
     lowest, largest = _batch_range(program, tensors[0][1])
     inputs = []
     for i, (name, value) in enumerate(tensors):
@@ -59,7 +65,9 @@ def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) ->
             )
         sizes = tuple(int(s) for s in value.shape[1:])
         if i >= 2 and tuple(pool[name].shape[1:]) != sizes:
-            raise InputError(f"{path}: condition {name!r} has rows of shape {list(sizes)}, --cond gives {list(pool[name].shape[1:])}")
+            raise InputError(
+                f"{path}: condition {name!r} has rows of shape {list(sizes)}, --cond gives {list(pool[name].shape[1:])}"
+            )
         inputs.append(InputSpec(name, sizes, value.dtype, ("x", "t")[i] if i < 2 else "cond"))
     return Signature(tuple(inputs), "tensor", largest, lowest, source="torch.export program")
 

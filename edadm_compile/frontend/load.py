@@ -65,9 +65,17 @@ def load_source(path: Path, options: LoadOptions | None = None) -> Source:
         return exported.load(path, _sampler(options, _scheduler_beside(path), None), pool, origin)
     if options.factory is not None:
         module = _from_factory(options.factory, path)
-        return source_from_module(module, _sampler(options, _scheduler_beside(path), None), shape=options.shape, conditions=pool, origin=origin)
+        return source_from_module(
+            module,
+            _sampler(options, _scheduler_beside(path), None),
+            shape=options.shape,
+            conditions=pool,
+            origin=origin,
+        )
     if path.suffix == ".safetensors":
-        raise InputError(f"{path} holds only tensors; name the code that builds the model with --factory package.module:callable")
+        raise InputError(
+            f"{path} holds only tensors; name the code that builds the model with --factory package.module:callable"
+        )
     return _load_pickle_like(path, options, pool, origin)
 
 
@@ -80,9 +88,13 @@ def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor],
             raise InputError(_pickle_message(path, error)) from None
         value = _trusted_load(path)
     if isinstance(value, nn.Module):
-        return source_from_module(value, _sampler(options, _scheduler_beside(path), None), shape=options.shape, conditions=pool, origin=origin)
+        return source_from_module(
+            value, _sampler(options, _scheduler_beside(path), None), shape=options.shape, conditions=pool, origin=origin
+        )
     if checkpoint.is_checkpoint(value):
-        return checkpoint.load(value, path, lambda config, steps: _sampler(options, config, steps), options.shape, pool, origin)
+        return checkpoint.load(
+            value, path, lambda config, steps: _sampler(options, config, steps), options.shape, pool, origin
+        )
     if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
         raise InputError(
             f"{path} is a bare state dict ({len(value)} tensors); name the code that builds the model with --factory package.module:callable"
@@ -128,7 +140,9 @@ def _from_factory(name: str, path: Path) -> nn.Module:
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit the module that {name} builds: {str(error).splitlines()[-1].strip()}") from None
+        raise InputError(
+            f"{path} does not fit the module that {name} builds: {str(error).splitlines()[-1].strip()}"
+        ) from None
     if missing:
         raise InputError(
             f"{path} lacks {len(missing)} tensor(s) that {name} needs, such as {missing[0]!r}; unexpected in the file: {list(unexpected)[:3]}"
@@ -230,7 +244,9 @@ def _sampler(options: LoadOptions, found: dict[str, Any] | None, steps: int | No
     wanted = steps if options.steps is None else options.steps
     spec = SamplerSpec(config, 1 if wanted is None else wanted, options.eta)
     if wanted is None:
-        spec = SamplerSpec(config, min(_DEFAULT_STEPS, int(make_scheduler(spec).config.num_train_timesteps)), options.eta)
+        spec = SamplerSpec(
+            config, min(_DEFAULT_STEPS, int(make_scheduler(spec).config.num_train_timesteps)), options.eta
+        )
     make_scheduler(spec)  # refuse a bad configuration before any work
     return spec
 

@@ -113,10 +113,14 @@ def source_from_module(
 def _parameters(module: nn.Module, given: set[str], fixed: set[str]) -> list[str]:
     """Forward parameter names to capture: x, t, every required condition, optional ones that have values."""
     parameters = [
-        p for p in inspect.signature(module.forward).parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.KEYWORD_ONLY)
+        p
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.KEYWORD_ONLY)
     ]
     if len(parameters) < 2:
-        raise InputError(f"{type(module).__name__}.forward takes {len(parameters)} argument(s); expected forward(x, t, *conditions)")
+        raise InputError(
+            f"{type(module).__name__}.forward takes {len(parameters)} argument(s); expected forward(x, t, *conditions)"
+        )
     known = {p.name for p in parameters}
     unknown = sorted(given - known)
     if unknown:
@@ -138,7 +142,9 @@ def _parameters(module: nn.Module, given: set[str], fixed: set[str]) -> list[str
 def _infer_shape(module: nn.Module) -> tuple[int, int, int]:
     config = getattr(module, "config", None)
     holders = [config] if config is not None else [module]
-    channels = next((v for h in holders for n in ("in_channels", "channels") if isinstance(v := getattr(h, n, None), int)), None)
+    channels = next(
+        (v for h in holders for n in ("in_channels", "channels") if isinstance(v := getattr(h, n, None), int)), None
+    )
     size = next(
         (
             v
@@ -164,7 +170,14 @@ def _timestep_spec(module: nn.Module, inputs: list[InputSpec], fixed: dict[str, 
         values = [torch.zeros((2, *s.shape), dtype=dtype if s.role == "t" else s.dtype) for s in inputs]
         try:
             with torch.no_grad():
-                pick_tensor(module(values[0], values[1], **dict(zip([s.name for s in inputs[2:]], values[2:], strict=True)), **fixed))
+                pick_tensor(
+                    module(
+                        values[0],
+                        values[1],
+                        **dict(zip([s.name for s in inputs[2:]], values[2:], strict=True)),
+                        **fixed,
+                    )
+                )
             return InputSpec(inputs[1].name, (), dtype, "t")
         except Exception as error:  # any failure of foreign code: report it below
             problems.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")

@@ -39,7 +39,9 @@ def verify(program: Program) -> None:
     allowed, modules = LEGAL[program.dialect]
     for node in graph.nodes:
         if node.op == "call_method" or (node.op == "call_function" and op_name(node.target) not in allowed):
-            raise DialectError(f"node {node.name}: operator {op_name(node.target)} is not legal in dialect {program.dialect}")
+            raise DialectError(
+                f"node {node.name}: operator {op_name(node.target)} is not legal in dialect {program.dialect}"
+            )
         if node.op == "call_module" and not isinstance(program.graph_module.get_submodule(str(node.target)), modules):
             raise DialectError(f"node {node.name}: module {node.target} is not legal in dialect {program.dialect}")
         if node.op == "get_attr":

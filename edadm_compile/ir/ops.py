@@ -91,12 +91,29 @@ _CREATE_INDEX = (
 
 _OPERATORS: dict[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name)
-    for name in ("getitem", "add", "sub", "mul", "floordiv", "truediv", "neg", "mod", "eq", "ne", "lt", "le", "gt", "ge")
+    for name in (
+        "getitem",
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "truediv",
+        "neg",
+        "mod",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+    )
 }
 
 #: ``edadm::`` operators by dialect.
 QDQ_OPS = frozenset(f"edadm.{n}.default" for n in ("quantize", "dequantize", "dequantize_weight"))
-LOWERED_OPS = frozenset(f"edadm.{n}.default" for n in ("quantize", "dequantize", "qconv2d", "qconv_transpose2d", "qlinear", "qmatmul"))
+LOWERED_OPS = frozenset(
+    f"edadm.{n}.default" for n in ("quantize", "dequantize", "qconv2d", "qconv_transpose2d", "qlinear", "qmatmul")
+)
 FLOAT_OPS = (
     frozenset(f"aten.{n}" for n in (*_ELEMENTWISE, *_NORMS, *_REDUCTIONS, *_MATMUL, *_POOL_RESIZE, *_CREATE_INDEX))
     | MOVEMENT_OPS

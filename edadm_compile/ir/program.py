@@ -115,7 +115,9 @@ class TimeTables:
         if known:
             return {name: table[position] for name, table in self.tables.items()}
         if self.path is None and self.path_outputs:
-            raise InputError(f"timestep: got {t.tolist()}, allowed are the integers 0 to {int(self.keys[-1])} of the schedule")
+            raise InputError(
+                f"timestep: got {t.tolist()}, allowed are the integers 0 to {int(self.keys[-1])} of the schedule"
+            )
         return self._unknown(t, position)
 
     def _unknown(self, t: Tensor, right: Tensor) -> dict[str, Tensor]:

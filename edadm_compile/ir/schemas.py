@@ -55,7 +55,9 @@ def _check_layer(channels: int, w_q: Tensor, multiplier: Tensor, bias: Tensor, b
     """Refuse operands that do not belong together (a loaded program is checked this way before anything runs)."""
     torch._check(channels == shape[1], lambda: f"{channels} input channels, the weight {list(shape)} takes {shape[1]}")
     stored = (shape[0], packed_columns(math.prod(shape[1:]), bits))
-    torch._check(tuple(w_q.shape) == stored, lambda: f"packed weight {list(w_q.shape)}, {list(shape)} takes {list(stored)}")
+    torch._check(
+        tuple(w_q.shape) == stored, lambda: f"packed weight {list(w_q.shape)}, {list(shape)} takes {list(stored)}"
+    )
     torch._check(multiplier.shape == bias.shape == (shape[0],), lambda: f"multiplier and bias must be [{shape[0]}]")
 
 
@@ -65,7 +67,9 @@ def _qconv2d(
     padding: Sequence[int], dilation: Sequence[int], groups: int, bits: int, shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
     _check_layer(x_q.shape[1] // groups, w_q, multiplier, bias, bits, shape)
-    size = [(x_q.shape[2 + i] + 2 * padding[i] - dilation[i] * (shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    size = [
+        (x_q.shape[2 + i] + 2 * padding[i] - dilation[i] * (shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
     return multiplier.new_empty((x_q.shape[0], shape[0], *size))
 
 
@@ -76,7 +80,10 @@ def _qconv_transpose2d(
     shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
     _check_layer(x_q.shape[1], w_q, multiplier, bias, bits, shape)
-    size = [(x_q.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (shape[2 + i] - 1) + output_padding[i] + 1 for i in range(2)]
+    size = [
+        (x_q.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (shape[2 + i] - 1) + output_padding[i] + 1
+        for i in range(2)
+    ]
     return multiplier.new_empty((x_q.shape[0], shape[0], *size))
 
 

@@ -141,7 +141,9 @@ class _Flow:
         return None if leaks or fork is None else inside
 
 
-def _accept_regions(regions: Iterable[set[fx.Node]], layers: list[fx.Node], index: dict[fx.Node, int], max_layers: int) -> list[Unit]:
+def _accept_regions(
+    regions: Iterable[set[fx.Node]], layers: list[fx.Node], index: dict[fx.Node, int], max_layers: int
+) -> list[Unit]:
     """Largest regions first, disjoint, with 1 to `max_layers` layers."""
     wanted = set(layers)
     taken: set[fx.Node] = set()
@@ -177,7 +179,9 @@ def _join_same_scope(units: list[Unit], max_layers: int) -> list[Unit]:
     return joined
 
 
-def _scope_chains(graph: fx.Graph, loose: list[fx.Node], claimed: set[fx.Node], index: dict[fx.Node, int]) -> list[Unit]:
+def _scope_chains(
+    graph: fx.Graph, loose: list[fx.Node], claimed: set[fx.Node], index: dict[fx.Node, int]
+) -> list[Unit]:
     """Two to four loose layers of one module with a single output, deepest modules first."""
     scopes = sorted({s for n in loose for s in scope_of(n)}, key=lambda s: (-s.count("."), s))
     taken = set(claimed)
@@ -229,7 +233,9 @@ def _absorb(unit: Unit, units: list[Unit], index: dict[fx.Node, int], layers: li
         for node in stack.pop().all_input_nodes:
             if node in nodes or node in others or node.op == "placeholder" or any(u not in nodes for u in node.users):
                 continue
-            if node.op in ("get_attr", "call_module") or (node not in dependent and (node in loose or not _is_quantized(node))):
+            if node.op in ("get_attr", "call_module") or (
+                node not in dependent and (node in loose or not _is_quantized(node))
+            ):
                 nodes.add(node)
                 stack.extend([node, *node.users])  # a sibling may have become private
     output = unit.output

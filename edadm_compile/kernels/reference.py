@@ -25,7 +25,9 @@ def _int_mm_is_exact() -> bool:
     try:
         a = torch.full((16, 256), -128, dtype=torch.int8)
         b = torch.full((256, 16), 127, dtype=torch.int8)
-        return bool((torch._int_mm(a, b) == -128 * 127 * 256).all() and (torch._int_mm(-b.T, b) == -127 * 127 * 256).all())
+        return bool(
+            (torch._int_mm(a, b) == -128 * 127 * 256).all() and (torch._int_mm(-b.T, b) == -127 * 127 * 256).all()
+        )
     except RuntimeError:
         return False
 
@@ -52,7 +54,14 @@ def epilogue(accumulators: Sequence[Tensor], multiplier: Tensor, bias: Tensor) -
     return result
 
 
-def patches(x_q: Tensor, kernel: Sequence[int], pad_value: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def patches(
+    x_q: Tensor,
+    kernel: Sequence[int],
+    pad_value: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """im2col in storage order.
 
     Args:
@@ -69,7 +78,13 @@ def patches(x_q: Tensor, kernel: Sequence[int], pad_value: int, stride: Sequence
     for r in range(kernel[0]):
         for s in range(kernel[1]):
             h, w = r * dilation[0], s * dilation[1]
-            taps.append(x[:, h : h + (size[0] - 1) * stride[0] + 1 : stride[0], w : w + (size[1] - 1) * stride[1] + 1 : stride[1]])
+            taps.append(
+                x[
+                    :,
+                    h : h + (size[0] - 1) * stride[0] + 1 : stride[0],
+                    w : w + (size[1] - 1) * stride[1] + 1 : stride[1],
+                ]
+            )
     return torch.stack(taps, dim=3)
 
 
@@ -88,13 +103,20 @@ def conv_accumulators(
         batch, height, width, taps, channels = columns.shape
         per_group = channels // groups
         rows = columns.reshape(-1, taps, groups, per_group)
-        outputs = [int_matmul(rows[:, :, g].reshape(-1, taps * per_group).contiguous(), m) for g, m in enumerate(matrix.chunk(groups))]
+        outputs = [
+            int_matmul(rows[:, :, g].reshape(-1, taps * per_group).contiguous(), m)
+            for g, m in enumerate(matrix.chunk(groups))
+        ]
         results.append(torch.cat(outputs, dim=1).reshape(batch, height, width, -1))
     return results
 
 
 def transposed_settings(
-    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int]
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> list[int]:
     """Padding [top, bottom, left, right] of the stride-1 convolution that a transposed one is, after zero insertion."""
     sides: list[int] = []
@@ -159,7 +181,10 @@ def transpose_accumulators(
 def linear_accumulators(x_q: Tensor, w_q: Tensor, bits: int, shape: Sequence[int]) -> list[Tensor]:
     """int32 [..., O] accumulators of a linear layer, one per int8 term."""
     matrix = packing.unpack_matrix(w_q, bits, shape[1])
-    return [int_matmul(term.reshape(-1, shape[1]).contiguous(), matrix).reshape(*x_q.shape[:-1], shape[0]) for term in terms(x_q)]
+    return [
+        int_matmul(term.reshape(-1, shape[1]).contiguous(), matrix).reshape(*x_q.shape[:-1], shape[0])
+        for term in terms(x_q)
+    ]
 
 
 def _qlinear(x_q: Tensor, w_q: Tensor, multiplier: Tensor, bias: Tensor, bits: int, shape: Sequence[int]) -> Tensor:

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from edadm_compile.ir.analysis import BATCH, constant_target, dependencies, is_layer, layer_weight, shape_of, weight_node, x_dependent
+from edadm_compile.ir.analysis import (
+    BATCH,
+    constant_target,
+    dependencies,
+    is_layer,
+    layer_weight,
+    shape_of,
+    weight_node,
+    x_dependent,
+)
 from edadm_compile.ir.ops import LAYER_OPS, op_name
 from edadm_compile.ir.program import LayerInfo, Program, layer_of
 from edadm_compile.passes.base import Context, PassResult
@@ -56,7 +65,11 @@ class AssignWidths:
             node.meta["layer"] = _default_info(program, node, role, ctx)
         _annotate_products(program, ctx)
         stats: dict[str, Any] = {}
-        if not ctx.config.uniform and not ctx.config.is_baseline and min(ctx.config.weight_bits, ctx.config.act_bits) < 8:
+        if (
+            not ctx.config.uniform
+            and not ctx.config.is_baseline
+            and min(ctx.config.weight_bits, ctx.config.act_bits) < 8
+        ):
             stats = _promote(program, ctx)
         _apply_rules(program, ctx)
         return PassResult(program, True, {**stats, "average_bits": average_bits(program)})
@@ -75,7 +88,9 @@ def _roles(program: Program) -> dict[fx.Node, str]:
     roles: dict[fx.Node, str] = {}
     for node in layers:
         if node not in dependent:
-            roles[node] = "constant" if deps[node] <= {BATCH} else "time" if deps[node] <= {t, BATCH} else "conditioning"
+            roles[node] = (
+                "constant" if deps[node] <= {BATCH} else "time" if deps[node] <= {t, BATCH} else "conditioning"
+            )
         else:
             roles[node] = "head" if node in heads else "stem" if node in stems else "inner"
     return roles
@@ -224,7 +239,9 @@ def _apply_rules(program: Program, ctx: Context) -> None:
                 act = info.act_bits if rule.act_bits is None else rule.act_bits
                 if 32 in (weight, act):  # an integer kernel needs both operands in integers
                     weight = act = 32
-                elif not info.weight_shape:  # a product runs in int8 or not at all: 16-bit codes would overflow its int32 sums
+                elif (
+                    not info.weight_shape
+                ):  # a product runs in int8 or not at all: 16-bit codes would overflow its int32 sums
                     weight = act = 8
                 info = replace(info, weight_bits=weight, act_bits=act, note=f"rule {rule.pattern!r}")
         node.meta["layer"] = info

@@ -84,7 +84,9 @@ class Pass(Protocol):
         """Transform a private copy of the program."""
 
 
-def run_passes(program: Program, passes: Sequence[Pass], ctx: Context, dump: Callable[[str, Program], None] | None = None) -> Program:
+def run_passes(
+    program: Program, passes: Sequence[Pass], ctx: Context, dump: Callable[[str, Program], None] | None = None
+) -> Program:
     """Run passes in order on private copies, verifying after each.
 
     Args:

@@ -87,7 +87,9 @@ class _Observer:
 
     def affine(self, quantizer: ActFakeQuant, name: str, *, minmax: bool) -> tuple[Tensor, Tensor]:
         if not (self.high - self.low < float("inf")):
-            raise CalibrationError(f"activation {name} is not finite on the calibration set (range {self.low} to {self.high})")
+            raise CalibrationError(
+                f"activation {name} is not finite on the calibration set (range {self.low} to {self.high})"
+            )
         spec = quantizer.spec
         if minmax or spec.bits == 16:  # 16 bits: clipping costs more than resolution
             margin = 1.0 if minmax else 1.25  # unseen noise reaches beyond the calibration set
@@ -109,7 +111,9 @@ def _observe(program: Program, observers: dict[fx.Node, _Observer], ctx: Context
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, program: Program, observers: dict[fx.Node, _Observer], keep: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, program: Program, observers: dict[fx.Node, _Observer], keep: int, generator: torch.Generator
+    ) -> None:
         super().__init__(program.graph_module)
         self._program, self._observers, self._keep, self._generator = program, observers, keep, generator
 

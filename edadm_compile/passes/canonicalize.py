@@ -23,7 +23,14 @@ _IDENTITIES = {
     "aten.lift_fresh_copy.default", "aten.dropout.default",
 }  # fmt: skip
 #: Operators whose second operand may be a weight.
-_WEIGHTED = {*LAYER_OPS, "aten.conv1d.default", "aten.conv_transpose1d.default", "aten.conv1d.padding", "aten.conv2d.padding", "aten.matmul.default"}
+_WEIGHTED = {
+    *LAYER_OPS,
+    "aten.conv1d.default",
+    "aten.conv_transpose1d.default",
+    "aten.conv1d.padding",
+    "aten.conv2d.padding",
+    "aten.matmul.default",
+}
 _CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default"}
 
 
@@ -110,7 +117,11 @@ def _drop_identities(graph: fx.Graph) -> int:
         same_type = node.meta.get("dtype") is not None and node.meta.get("dtype") == source.meta.get("dtype")
         same_shape = node.meta.get("shape") == source.meta.get("shape")
         inert_dropout = name != "aten.dropout.default" or node.args[2] is False
-        if (name in _IDENTITIES and inert_dropout) or (name in _CASTS and same_type) or (name == "aten.expand.default" and same_shape and same_type):
+        if (
+            (name in _IDENTITIES and inert_dropout)
+            or (name in _CASTS and same_type)
+            or (name == "aten.expand.default" and same_shape and same_type)
+        ):
             node.replace_all_uses_with(source)
             graph.erase_node(node)
             count += 1
@@ -139,7 +150,11 @@ def _fold_constants(program: Program) -> int:
         with torch.no_grad():
             values[node] = node.target(*args, **kwargs)
     for node, value in values.items():
-        if node.op != "get_attr" and isinstance(value, Tensor) and any(deps[user] or user.op == "output" for user in node.users):
+        if (
+            node.op != "get_attr"
+            and isinstance(value, Tensor)
+            and any(deps[user] or user.op == "output" for user in node.users)
+        ):
             _install(program, node, value)
             count += 1
     return count

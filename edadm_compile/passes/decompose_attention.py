@@ -78,7 +78,12 @@ def _decompose_sdpa(graph: fx.Graph, node: fx.Node) -> int:
 def _decompose_einsum(graph: fx.Graph, node: fx.Node) -> int:
     """``b i k, b j k -> b i j`` and its permutations; other equations stay as they are."""
     equation, operands = node.args[0], node.args[1]
-    if not isinstance(operands, (list, tuple)) or len(operands) != 2 or "." in str(equation) or "->" not in str(equation):
+    if (
+        not isinstance(operands, (list, tuple))
+        or len(operands) != 2
+        or "." in str(equation)
+        or "->" not in str(equation)
+    ):
         return 0
     left, right, out = str(equation).replace(" ", "").replace("->", ",").split(",")
     batch = [c for c in out if c in left and c in right]

@@ -36,7 +36,9 @@ class Freeze:
             zero = _constant(program, node, f"{base}.zero_point", quantizer.zero_point)
             bits, symmetric = quantizer.spec.bits, quantizer.spec.symmetric
             with program.graph_module.graph.inserting_before(node):
-                codes = program.graph_module.graph.call_function(edadm.quantize.default, (node.args[0], scale, zero, bits, symmetric))
+                codes = program.graph_module.graph.call_function(
+                    edadm.quantize.default, (node.args[0], scale, zero, bits, symmetric)
+                )
                 value = program.graph_module.graph.call_function(edadm.dequantize.default, (codes, scale, zero))
             _replace(node, value)
         for node, weight_quantizer in list(weight_quantizers(program)):
@@ -47,8 +49,15 @@ class Freeze:
             codes_t = weight_quantizer.integer_codes(weight)
             axis = weight_quantizer.spec.axis or 0
             stored = codes_t.transpose(0, axis).contiguous()  # output channels first, whatever the layer
-            packed = _constant(program, node, child_name(program.graph_module, info.name, "weight_q"), packing.pack(stored, info.weight_bits))
-            scale = _constant(program, node, child_name(program.graph_module, info.name, "weight_scale"), weight_quantizer.scale)
+            packed = _constant(
+                program,
+                node,
+                child_name(program.graph_module, info.name, "weight_q"),
+                packing.pack(stored, info.weight_bits),
+            )
+            scale = _constant(
+                program, node, child_name(program.graph_module, info.name, "weight_scale"), weight_quantizer.scale
+            )
             arguments = (packed, scale, info.weight_bits, list(stored.shape), axis)
             with program.graph_module.graph.inserting_before(node):
                 value = program.graph_module.graph.call_function(edadm.dequantize_weight.default, arguments)

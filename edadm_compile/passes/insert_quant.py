@@ -66,7 +66,9 @@ class InsertQuant:
         return PassResult(program, True, {"activation_quantizers": len(shared)})
 
 
-def _quantize_input(program: Program, node: fx.Node, source: fx.Node, info: LayerInfo, shared: dict[tuple[fx.Node, int], fx.Node]) -> fx.Node:
+def _quantize_input(
+    program: Program, node: fx.Node, source: fx.Node, info: LayerInfo, shared: dict[tuple[fx.Node, int], fx.Node]
+) -> fx.Node:
     key = (source, info.act_bits)
     if key not in shared:
         module = program.graph_module

@@ -90,7 +90,9 @@ def _from_einsum(program: Program, node: fx.Node) -> bool:
         weight = _constant(program, node, f"{constant_target(weight)}_t", value.t().contiguous())
     graph, order = node.graph, [*kept, *new]
     with graph.inserting_before(node):
-        moved = graph.call_function(aten.permute.default, (operands[1 - place], [given.index(c) for c in [*kept, *summed]]))
+        moved = graph.call_function(
+            aten.permute.default, (operands[1 - place], [given.index(c) for c in [*kept, *summed]])
+        )
         product = graph.call_function(aten.linear.default, (moved, weight, None))
         result = graph.call_function(aten.permute.default, (product, [order.index(c) for c in out]))
     return _replace(node, _with_scope(node, moved, product, result))

@@ -127,7 +127,9 @@ def _constants(program: Program, node: fx.Node, info: LayerInfo, o: _Operands) -
 def _conv2d(program: Program, node: fx.Node, info: LayerInfo) -> None:
     o = _operands(program, node)
     multiplier, bias = _constants(program, node, info, o)
-    stride, padding, dilation = (pair(argument(node, 3 + i, n, d)) for i, (n, d) in enumerate((("stride", 1), ("padding", 0), ("dilation", 1))))
+    stride, padding, dilation = (
+        pair(argument(node, 3 + i, n, d)) for i, (n, d) in enumerate((("stride", 1), ("padding", 0), ("dilation", 1)))
+    )
     groups = argument(node, 6, "groups", 1)
     node.target, node.kwargs = edadm.qconv2d.default, {}
     node.args = (o.x_q, o.w_q, multiplier, bias, o.pad_value, stride, padding, dilation, groups, o.bits, o.shape)
@@ -136,7 +138,10 @@ def _conv2d(program: Program, node: fx.Node, info: LayerInfo) -> None:
 def _conv_transpose2d(program: Program, node: fx.Node, info: LayerInfo) -> None:
     o = _operands(program, node)
     multiplier, bias = _constants(program, node, info, o)
-    stride, padding, extra = (pair(argument(node, 3 + i, n, d)) for i, (n, d) in enumerate((("stride", 1), ("padding", 0), ("output_padding", 0))))
+    stride, padding, extra = (
+        pair(argument(node, 3 + i, n, d))
+        for i, (n, d) in enumerate((("stride", 1), ("padding", 0), ("output_padding", 0)))
+    )
     dilation = pair(argument(node, 7, "dilation", 1))
     node.target, node.kwargs = edadm.qconv_transpose2d.default, {}
     node.args = (o.x_q, o.w_q, multiplier, bias, o.pad_value, stride, padding, extra, dilation, 1, o.bits, o.shape)

@@ -60,7 +60,9 @@ class Reconstruct:
 class _Trainer:
     """Optimises one unit."""
 
-    def __init__(self, program: Program, unit: Unit, streams: Streams, config: ReconstructionConfig, generator: torch.Generator) -> None:
+    def __init__(
+        self, program: Program, unit: Unit, streams: Streams, config: ReconstructionConfig, generator: torch.Generator
+    ) -> None:
         self.program, self.unit, self.config, self.generator = program, unit, config, generator
         self.closure = streams.closure(unit)
         self.inputs = streams.stored_inputs(self.closure)
@@ -76,7 +78,9 @@ class _Trainer:
         self.energy = {n: v.square().mean().clamp(min=1e-12) for n, v in examples.items()}
         self.weights = [(n, self._quantizer(n.args[1]), layer_weight(program, n)) for n in unit.layers]
         # A closure may recompute what belongs to an earlier unit: its quantizers are final.
-        modules = [self._module(n) for n in self.closure if n.op == "call_module" and (n in unit.nodes or not streams.owned(n))]
+        modules = [
+            self._module(n) for n in self.closure if n.op == "call_module" and (n in unit.nodes or not streams.owned(n))
+        ]
         self.activations = [m for m in modules if isinstance(m, ActFakeQuant)]
 
     def _module(self, node: fx.Node) -> nn.Module:
@@ -118,7 +122,11 @@ class _Trainer:
             if activation.enabled and activation.spec.bits < 16:
                 activation.log_scale.requires_grad_(True)
                 scales.append(activation.log_scale)
-        rates = ((narrow, self.config.lr_weight), (wide, self.config.lr_weight * _WIDE_FACTOR), (scales, self.config.lr_scale))
+        rates = (
+            (narrow, self.config.lr_weight),
+            (wide, self.config.lr_weight * _WIDE_FACTOR),
+            (scales, self.config.lr_scale),
+        )
         return [{"params": params, "lr": lr} for params, lr in rates if params]
 
     def _rows(self) -> Tensor:

@@ -13,14 +13,21 @@ from edadm_compile.ir.program import Program, get_constant, set_constant
 
 aten = torch.ops.aten
 #: Higher-order operators that only change how autograd treats their body: position of (body, first operand).
-_TRANSPARENT = {"wrap_with_set_grad_enabled": (1, 2), "tag_activation_checkpoint": (0, 1), "wrap": (0, 1), "invoke_subgraph": (0, 2)}
+_TRANSPARENT = {
+    "wrap_with_set_grad_enabled": (1, 2),
+    "tag_activation_checkpoint": (0, 1),
+    "wrap": (0, 1),
+    "invoke_subgraph": (0, 2),
+}
 
 
 def inline_subgraphs(program: Program) -> int:
     """Inline bodies of transparent higher-order operators until none is left; returns how many."""
     module, count = program.graph_module, 0
     while True:
-        found = next((n for n in module.graph.nodes if n.op == "call_function" and op_name(n.target) in _TRANSPARENT), None)
+        found = next(
+            (n for n in module.graph.nodes if n.op == "call_function" and op_name(n.target) in _TRANSPARENT), None
+        )
         if found is None:
             return count
         _inline(module, found)
@@ -146,7 +153,9 @@ def _lift_1d(program: Program, node: fx.Node) -> int:
         if transposed:
             extra = pair_1d(argument(node, 5, "output_padding", [0]), 0)
             groups, dilation = argument(node, 6, "groups", 1), pair_1d(argument(node, 7, "dilation", [1]), 1)
-            conv = graph.call_function(aten.conv_transpose2d.input, (x, w, bias, stride, padding, extra, groups, dilation))
+            conv = graph.call_function(
+                aten.conv_transpose2d.input, (x, w, bias, stride, padding, extra, groups, dilation)
+            )
         else:
             dilation, groups = pair_1d(argument(node, 5, "dilation", [1]), 1), argument(node, 6, "groups", 1)
             conv = graph.call_function(aten.conv2d.default, (x, w, bias, stride, padding, dilation, groups))
@@ -179,7 +188,12 @@ def fold_batch_norm(program: Program) -> int:
             continue
         constants = [_constant_value(program, a) for a in (conv.args[1], *node.args[1:5])]
         bias = argument(conv, 2, "bias")
-        if any(c is None for c in constants) or training or not _gives_one_value(node) or (bias is not None and constant_target(bias) is None):
+        if (
+            any(c is None for c in constants)
+            or training
+            or not _gives_one_value(node)
+            or (bias is not None and constant_target(bias) is None)
+        ):
             continue
         _fold_into(program, conv, node, constants)  # type: ignore[arg-type]
         count += 1

@@ -24,7 +24,9 @@ _STATES, _TRAJECTORIES = 8, 6
 _CANDIDATES = 40
 
 
-def sensitivities(program: Program, nodes: Sequence[fx.Node], bits: int, ctx: Context) -> tuple[dict[fx.Node, float], float]:
+def sensitivities(
+    program: Program, nodes: Sequence[fx.Node], bits: int, ctx: Context
+) -> tuple[dict[fx.Node, float], float]:
     """Squared output error when one layer's weight is rounded to `bits` and all else is float.
 
     Measured on a few float trajectories at evenly spread sampler steps plus the last two, where the error is

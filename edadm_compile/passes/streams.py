@@ -118,7 +118,9 @@ class Streams:
         for number, step in enumerate(self._steps):
             closure = self.closure(step)
             output = step.output if isinstance(step, Unit) else step
-            wanted = [output] if self._stored(output) else []  # what has no sample dimension is recomputed by its readers
+            wanted = (
+                [output] if self._stored(output) else []
+            )  # what has no sample dimension is recomputed by its readers
             with float_mode(self.program):
                 result = self.run(closure, self.float_values, wanted) if wanted else {}
             if isinstance(step, Unit):
@@ -141,7 +143,9 @@ class Streams:
             run_nodes(self._module, closure, values)
         return {n: values[n] for n in wanted}
 
-    def run(self, closure: Sequence[fx.Node], stored: dict[fx.Node, Tensor], wanted: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
+    def run(
+        self, closure: Sequence[fx.Node], stored: dict[fx.Node, Tensor], wanted: Sequence[fx.Node]
+    ) -> dict[fx.Node, Tensor]:
         """Run a closure over all samples in chunks; returns the wanted values joined."""
         inputs = self.stored_inputs(closure)
         parts: dict[fx.Node, list[Tensor]] = {n: [] for n in wanted}

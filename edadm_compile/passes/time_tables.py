@@ -48,7 +48,12 @@ class FoldTimePath:
             node.replace_all_uses_with(value)
         program = finish(replace(program, time=time))
         propagate_shapes(program)
-        stats = {"tables": len(names), "folded_layers": len(folded), "rows": time.keys.numel(), "path": time.path is not None}
+        stats = {
+            "tables": len(names),
+            "folded_layers": len(folded),
+            "rows": time.keys.numel(),
+            "path": time.path is not None,
+        }
         return PassResult(program, True, stats)
 
 
@@ -58,7 +63,9 @@ def _frontier(program: Program) -> list[fx.Node]:
     deps = dependencies(graph)
     t = program.signature.inputs[1].name
     inside = {n for n in graph.nodes if t in deps[n] and deps[n] <= {t, "<batch>"}}
-    frontier = [n for n in graph.nodes if n in inside and n.op != "placeholder" and any(u not in inside for u in n.users)]
+    frontier = [
+        n for n in graph.nodes if n in inside and n.op != "placeholder" and any(u not in inside for u in n.users)
+    ]
     if not all(is_batched(n) and n.meta["dtype"].is_floating_point for n in frontier):
         return []  # a value without a batch dimension cannot be a row per sample: keep the path as it is
     return [n for n in frontier if _worth_folding(n)]
@@ -110,7 +117,9 @@ def _folded_layers(program: Program, frontier: list[fx.Node]) -> tuple[str, ...]
     return tuple(layer_name(n) for n in program.graph_module.graph.nodes if n in seen and is_layer(n))
 
 
-def _choose_tables(program: Program, path: fx.GraphModule, names: tuple[str, ...], folded: tuple[str, ...]) -> TimeTables:
+def _choose_tables(
+    program: Program, path: fx.GraphModule, names: tuple[str, ...], folded: tuple[str, ...]
+) -> TimeTables:
     """Tables of the sampler's steps beside the path, or of all timesteps without it: whichever is smaller."""
     spec = program.signature.inputs[1]
     keys = torch.as_tensor(timesteps(program.sampler), dtype=torch.float64).unique()

@@ -52,7 +52,9 @@ def pick_tensor(result: Any) -> Tensor:
         return pick_tensor(result.sample)
     if isinstance(result, (tuple, list)) and result:
         return pick_tensor(result[0])
-    raise CaptureError(f"the model returned {type(result).__name__}; expected a tensor, a tuple, or an object with .sample")
+    raise CaptureError(
+        f"the model returned {type(result).__name__}; expected a tensor, a tuple, or an object with .sample"
+    )
 
 
 def export_module(model: nn.Module, signature: Signature, fixed: dict[str, Any]) -> tuple[ExportedProgram, Signature]:
@@ -84,7 +86,9 @@ def export_module(model: nn.Module, signature: Signature, fixed: dict[str, Any])
     return _export_fixed(adapter, inputs, signature, reason)
 
 
-def _export_fixed(adapter: nn.Module, inputs: tuple[Tensor, ...], signature: Signature, reason: str) -> tuple[ExportedProgram, Signature]:
+def _export_fixed(
+    adapter: nn.Module, inputs: tuple[Tensor, ...], signature: Signature, reason: str
+) -> tuple[ExportedProgram, Signature]:
     """Fall back to the batch of the example inputs; the signature says so and the engine pads and slices."""
     batch = inputs[0].shape[0]
     try:
@@ -95,7 +99,9 @@ def _export_fixed(adapter: nn.Module, inputs: tuple[Tensor, ...], signature: Sig
             f"torch.export cannot capture {signature.source or 'the model'}: {_first_lines(str(error))}. "
             f"Export it yourself with torch.export.export and pass the .pt2 file to see the full report"
         ) from error
-    told = next((line.strip(" -") for line in reason.splitlines() if "specialized" in line), reason)  # the sentence that names the cause
+    told = next(
+        (line.strip(" -") for line in reason.splitlines() if "specialized" in line), reason
+    )  # the sentence that names the cause
     source = f"{signature.source} [batch fixed at {batch}: {_first_lines(told)}]"
     return program, replace(signature, max_batch=batch, min_batch=batch, source=source)
 
@@ -105,7 +111,11 @@ def _first_lines(text: str, limit: int = 300) -> str:
 
 
 def trace(
-    exported: ExportedProgram, signature: Signature, sampler: SamplerSpec, model: nn.Module | None = None, fixed: dict[str, Any] | None = None
+    exported: ExportedProgram,
+    signature: Signature,
+    sampler: SamplerSpec,
+    model: nn.Module | None = None,
+    fixed: dict[str, Any] | None = None,
 ) -> Program:
     """Turn an exported program into a float program with plain inputs and one tensor output.
 
@@ -125,11 +135,17 @@ def trace(
     _strip_adapter(module)
     program = Program(module, "float", signature, sampler)
     if signature.min_batch == signature.max_batch:
-        program = program.with_note(f"captured for a batch of {signature.max_batch} only: others are run in slices of it, the last one filled up")
+        program = program.with_note(
+            f"captured for a batch of {signature.max_batch} only: others are run in slices of it, the last one filled up"
+        )
     if model is not None:
-        unused = check_coverage(module, CallAdapter(model, [spec.name for spec in signature.conditions], fixed), signature)
+        unused = check_coverage(
+            module, CallAdapter(model, [spec.name for spec in signature.conditions], fixed), signature
+        )
         if unused:
-            program = program.with_note(f"not part of the program, the output does not depend on it: {', '.join(unused)}")
+            program = program.with_note(
+                f"not part of the program, the output does not depend on it: {', '.join(unused)}"
+            )
     return program
 
 
@@ -160,7 +176,11 @@ def _strip_adapter(module: fx.GraphModule) -> None:
     """Undo the ``model.`` prefix of `CallAdapter`, and record each node's module path as plain strings."""
     prefix = "model."
     targets = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
-    wrapped = bool(targets) and isinstance(getattr(module, "model", None), nn.Module) and all(t.startswith(prefix) or "." not in t for t in targets)
+    wrapped = (
+        bool(targets)
+        and isinstance(getattr(module, "model", None), nn.Module)
+        and all(t.startswith(prefix) or "." not in t for t in targets)
+    )
     for node in module.graph.nodes:
         if wrapped and node.op == "get_attr" and str(node.target).startswith(prefix):
             node.target = str(node.target)[len(prefix):]  # fmt: skip
@@ -193,7 +213,11 @@ def check_coverage(module: fx.GraphModule, adapter: CallAdapter, signature: Sign
         CaptureError: naming the modules whose parameters are hidden.
     """
     parameters = dict(adapter.model.named_parameters(remove_duplicate=False))
-    read = {id(p) for n in _all_nodes(module) if n.op == "get_attr" and n.users and (p := parameters.get(str(n.target))) is not None}
+    read = {
+        id(p)
+        for n in _all_nodes(module)
+        if n.op == "get_attr" and n.users and (p := parameters.get(str(n.target))) is not None
+    }
     unread = {name: p for name, p in parameters.items() if id(p) not in read}
     if not unread:
         return []
@@ -240,7 +264,9 @@ def check_ops(program: Program) -> None:
     names = illegal_ops(program.graph_module.graph, "float")
     if names:
         places = [f"{name} (in {_place(program, name)})" for name in names]
-        training = any(name.startswith(("aten.native_dropout", "aten._native_batch_norm_legit_functional")) for name in names)
+        training = any(
+            name.startswith(("aten.native_dropout", "aten._native_batch_norm_legit_functional")) for name in names
+        )
         hint = "The model was exported in training mode: call model.eval() before torch.export.export" if training else (
             "The table is edadm_compile/ir/ops.py; rewrite the model without them or add a pure ATen operator there"
         )  # fmt: skip

@@ -55,7 +55,9 @@ class ActFakeQuant(nn.Module):
             return x
         scale = self.scale
         if not torch.is_grad_enabled():
-            return dequantize(quantize(x, scale, self.zero_point, self.spec.qmin, self.spec.qmax), scale, self.zero_point)
+            return dequantize(
+                quantize(x, scale, self.zero_point, self.spec.qmin, self.spec.qmax), scale, self.zero_point
+            )
         codes = torch.clamp(_round_ste(x / scale) + self.zero_point, self.spec.qmin, self.spec.qmax)
         x_fq = dequantize(codes, scale, self.zero_point)
         return x_fq if self.drop is None else torch.where(self.drop.take(x.shape), x, x_fq)

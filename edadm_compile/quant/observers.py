@@ -33,7 +33,9 @@ def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tenso
     return scale, zero_point
 
 
-def search_activation(sample: Tensor, low: float, high: float, spec: QuantSpec, *, grid: int = 16) -> tuple[Tensor, Tensor]:
+def search_activation(
+    sample: Tensor, low: float, high: float, spec: QuantSpec, *, grid: int = 16
+) -> tuple[Tensor, Tensor]:
     """Per-tensor scale and zero point with the smallest mean squared error on `sample`.
 
     Two-stage grid over shrink factors of both ends: a coarse `grid` x `grid` search over (0, 1], then a fine one

@@ -62,7 +62,11 @@ class LineProgress:
         if now - self._last >= _QUIET_TIME and self._total:
             self._last = now
             left = (now - self._start) * max(0, self._total - self._done) / max(1, self._done)
-            print(f"  {self._name} {100 * self._done // self._total} % {message}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"  {self._name} {100 * self._done // self._total} % {message}, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextmanager
@@ -75,7 +79,13 @@ def reporter(quiet: bool) -> Iterator[ProgressProtocol]:
     if not console.is_terminal:
         yield LineProgress()
         return
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[message]}"))
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[message]}"),
+    )
     with Progress(*columns, console=console) as bars:
         progress = BarProgress(bars)
         yield progress

@@ -31,7 +31,10 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
     return {
         "format": manifest.get("format"),
         "file_bytes": size,
-        "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")} for s in signature.inputs],
+        "inputs": [
+            {"name": s.name, "shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")}
+            for s in signature.inputs
+        ],
         "sampler": {**artifact.lowered.sampler.scheduler, "steps": artifact.lowered.sampler.steps},
         "layers": rows,
         "totals": totals(rows),
@@ -42,7 +45,10 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
 def print_inspect(report: dict[str, Any]) -> None:
     """Print the truth table, totals and provenance."""
     out = console()
-    table = Table(title=f"{report['config']['method']} w{report['config']['weight_bits']}a{report['config']['act_bits']}", title_justify="left")
+    table = Table(
+        title=f"{report['config']['method']} w{report['config']['weight_bits']}a{report['config']['act_bits']}",
+        title_justify="left",
+    )
     for name, justify in (
         ("layer", "left"),
         ("kind", "left"),
@@ -56,14 +62,25 @@ def print_inspect(report: dict[str, Any]) -> None:
     for row in report["layers"]:
         shape = "x".join(map(str, row["shape"]))
         colour = {"float": "yellow", "table": "cyan"}.get(row["executed"], "")
-        table.add_row(row["layer"], row["kind"], shape, row["requested"], row["executed"], str(row["bytes"] or ""), row["note"], style=colour)
+        table.add_row(
+            row["layer"],
+            row["kind"],
+            shape,
+            row["requested"],
+            row["executed"],
+            str(row["bytes"] or ""),
+            row["note"],
+            style=colour,
+        )
     out.print(table)
     t, source = report["totals"], report["source"]
     out.print(
         f"{t['quantized_layers']} layers in integers, {t['folded_layers']} folded into tables, {t['float_layers']} in float; "
         f"average weight width {report['average_bits']:.2f} bits"
     )
-    out.print(f"weights of quantized layers {human(t['bytes'])}, {t['ratio_to_fp16']} of fp16; file {human(report['file_bytes'])}")
+    out.print(
+        f"weights of quantized layers {human(t['bytes'])}, {t['ratio_to_fp16']} of fp16; file {human(report['file_bytes'])}"
+    )
     if report["quality"]:
         out.print(f"noise-prediction SQNR against the float model {_db(report['quality']['sqnr'])}")
     out.print(
@@ -71,19 +88,34 @@ def print_inspect(report: dict[str, Any]) -> None:
         f"{source['parameters']:,} parameters"
     )
     sampler = report["sampler"]
-    out.print(f"sampler {sampler['_class_name']}, {sampler['steps']} steps; seed {report['config']['seed']}; made with {report['versions']}")
+    out.print(
+        f"sampler {sampler['_class_name']}, {sampler['steps']} steps; seed {report['config']['seed']}; made with {report['versions']}"
+    )
 
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Print what a compilation did."""
     out = console()
-    table = Table(show_header=False, title=f"{summary['model'].get('file', summary['model']['class'])} → {summary['output']}", title_justify="left")
+    table = Table(
+        show_header=False,
+        title=f"{summary['model'].get('file', summary['model']['class'])} → {summary['output']}",
+        title_justify="left",
+    )
     size, weights = summary["bytes"], summary["weights"]
     table.add_row("method", f"{summary['method']} {summary['config']}, {summary['blocks']} blocks reconstructed")
     table.add_row("layers", ", ".join(f"{count} {width}" for width, count in summary["layers"].items()))
-    table.add_row("average weight width", f"{summary['average_weight_bits']:.2f} bits ({len(summary['promoted'])} layers promoted to 8)")
-    table.add_row("weights of quantized layers", f"{human(weights['fp16_bytes'])} fp16 → {human(weights['bytes'])} ({weights['ratio_to_fp16']:.3f}x)")
-    table.add_row("model", f"{human(size['fp32_parameters'])} fp32, {human(size['fp16_parameters'])} fp16 → {human(size['file'])} file")
+    table.add_row(
+        "average weight width",
+        f"{summary['average_weight_bits']:.2f} bits ({len(summary['promoted'])} layers promoted to 8)",
+    )
+    table.add_row(
+        "weights of quantized layers",
+        f"{human(weights['fp16_bytes'])} fp16 → {human(weights['bytes'])} ({weights['ratio_to_fp16']:.3f}x)",
+    )
+    table.add_row(
+        "model",
+        f"{human(size['fp32_parameters'])} fp32, {human(size['fp16_parameters'])} fp16 → {human(size['file'])} file",
+    )
     if summary["sqnr_db"]:
         quality = summary["sqnr_db"]
         table.add_row(

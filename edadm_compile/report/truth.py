@@ -20,7 +20,9 @@ def truth_table(program: Program, requested: str) -> list[dict[str, Any]]:
     Returns:
         rows with layer, kind, shape, role, requested, executed, note, bytes (as stored, with scales) and fp16_bytes.
     """
-    rows = [_row(program, node, info, requested) for node in program.graph_module.graph.nodes if (info := layer_of(node))]
+    rows = [
+        _row(program, node, info, requested) for node in program.graph_module.graph.nodes if (info := layer_of(node))
+    ]
     if program.time is not None:
         for name in program.time.folded:
             note = "depends on the timestep alone: folded into a table, exact, never runs in the sampler"

@@ -20,7 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from edadm_compile.errors import ArtifactError, EdadmError
 from edadm_compile.ir.analysis import propagate_shapes
 from edadm_compile.ir.dialects import verify
-from edadm_compile.ir.program import InputSpec, Program, SamplerSpec, Signature, TimeTables, get_constant, layers, placeholders
+from edadm_compile.ir.program import (
+    InputSpec,
+    Program,
+    SamplerSpec,
+    Signature,
+    TimeTables,
+    get_constant,
+    layers,
+    placeholders,
+)
 from edadm_compile.runtime.program_json import graph_from_json, graph_to_json, layers_from_json
 
 FORMAT = "edadm.qmod/1"
@@ -122,7 +131,11 @@ def read(path: Path) -> Artifact:
         raise ArtifactError(f"{path}: inconsistent program: {error}") from error
     except Exception as error:  # the manifest passed its checksum: whoever wrote it did so wrongly
         raise ArtifactError(f"{path}: malformed manifest ({type(error).__name__}: {str(error)[:200]})") from error
-    kept = {k: v for k, v in manifest.items() if k not in ("programs", "tensors", "layers", "signature", "time", "notes", "sampler")}
+    kept = {
+        k: v
+        for k, v in manifest.items()
+        if k not in ("programs", "tensors", "layers", "signature", "time", "notes", "sampler")
+    }
     return Artifact(programs[0], programs[1], kept)
 
 
@@ -139,7 +152,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
     if size < 8 or header > min(size - 8, MAX_HEADER):
-        raise ArtifactError(f"{path} is not a .qmod file, or is truncated: header of {header} bytes in a file of {size}")
+        raise ArtifactError(
+            f"{path} is not a .qmod file, or is truncated: header of {header} bytes in a file of {size}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -173,7 +188,9 @@ class _Tensors:
         if digest(stored) != record.get("sha256"):
             raise ArtifactError(f"{path} is damaged: its tensors do not match their checksum")
         widened = set(names)
-        self._cache: dict[str, Tensor] = {name: value.float() if name in widened else value for name, value in stored.items()}
+        self._cache: dict[str, Tensor] = {
+            name: value.float() if name in widened else value for name, value in stored.items()
+        }
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._cache:
@@ -209,26 +226,44 @@ def _collect(module: torch.fx.GraphModule, tensors: dict[str, Tensor]) -> None:
 
 
 def _signature_json(signature: Signature) -> dict[str, Any]:
-    inputs = [{**vars(s), "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in signature.inputs]
+    inputs = [
+        {**vars(s), "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in signature.inputs
+    ]
     return {**vars(signature), "inputs": inputs}
 
 
 def _signature_from(value: dict[str, Any]) -> Signature:
-    inputs = tuple(InputSpec(**{**v, "dtype": getattr(torch, v["dtype"]), "shape": tuple(int(s) for s in v["shape"])}) for v in value["inputs"])
-    if any(min(s.shape, default=1) < 1 or math.prod(s.shape) > 1 << 28 or not isinstance(s.dtype, torch.dtype) for s in inputs):
+    inputs = tuple(
+        InputSpec(**{**v, "dtype": getattr(torch, v["dtype"]), "shape": tuple(int(s) for s in v["shape"])})
+        for v in value["inputs"]
+    )
+    if any(
+        min(s.shape, default=1) < 1 or math.prod(s.shape) > 1 << 28 or not isinstance(s.dtype, torch.dtype)
+        for s in inputs
+    ):
         raise ArtifactError("signature: absurd input size or type")
-    if [s.role for s in inputs[:2]] != ["x", "t"] or not all(isinstance(s.name, str) and s.name.isidentifier() for s in inputs):
+    if [s.role for s in inputs[:2]] != ["x", "t"] or not all(
+        isinstance(s.name, str) and s.name.isidentifier() for s in inputs
+    ):
         raise ArtifactError("signature: the inputs are not x, t and conditions")
     signature = Signature(**{**value, "inputs": inputs})
     batches = (signature.min_batch, signature.max_batch)
-    if any(type(b) is not int for b in batches) or not 1 <= batches[0] <= batches[1] or signature.output not in ("tensor", "sample"):
+    if (
+        any(type(b) is not int for b in batches)
+        or not 1 <= batches[0] <= batches[1]
+        or signature.output not in ("tensor", "sample")
+    ):
         raise ArtifactError(f"signature: batches {batches} or output {signature.output!r} are not understood")
     return signature
 
 
 def _sampler_from(value: dict[str, Any]) -> SamplerSpec:
     sampler = SamplerSpec(**value)
-    if not isinstance(sampler.scheduler, dict) or type(sampler.steps) is not int or not isinstance(sampler.eta, (int, float)):
+    if (
+        not isinstance(sampler.scheduler, dict)
+        or type(sampler.steps) is not int
+        or not isinstance(sampler.eta, (int, float))
+    ):
         raise ArtifactError("sampler: expected a scheduler configuration, a number of steps and eta")
     return sampler
 
@@ -240,7 +275,12 @@ def _time_json(time: TimeTables, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if time.path is not None:
         _collect(time.path, tensors)
         path = graph_to_json(time.path.graph, [])
-    return {"tables": sorted(time.tables), "path": path, "path_outputs": list(time.path_outputs), "folded": list(time.folded)}
+    return {
+        "tables": sorted(time.tables),
+        "path": path,
+        "path_outputs": list(time.path_outputs),
+        "folded": list(time.folded),
+    }
 
 
 def _time_from(value: Any, tensors: _Tensors, signature: Signature) -> TimeTables | None:

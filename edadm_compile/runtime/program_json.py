@@ -31,7 +31,11 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.uint8, torch.bool,
 )}  # fmt: skip
-_FORMATS = {"contiguous_format": torch.contiguous_format, "preserve_format": torch.preserve_format, "channels_last": torch.channels_last}
+_FORMATS = {
+    "contiguous_format": torch.contiguous_format,
+    "preserve_format": torch.preserve_format,
+    "channels_last": torch.channels_last,
+}
 
 
 _KINDS = {"placeholder": "p", "get_attr": "a", "call_function": "f", "output": "o"}
@@ -82,7 +86,9 @@ def _encode(value: Any, index: dict[fx.Node, int]) -> Any:
     raise ArtifactError(f"cannot store an argument of type {type(value).__name__}: {value!r}")
 
 
-def graph_from_json(records: Any, tensors: Callable[[str], Tensor], dialect: str, layers: Sequence[LayerInfo] = ()) -> fx.GraphModule:
+def graph_from_json(
+    records: Any, tensors: Callable[[str], Tensor], dialect: str, layers: Sequence[LayerInfo] = ()
+) -> fx.GraphModule:
     """Rebuild a graph module.
 
     Args:

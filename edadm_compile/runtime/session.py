@@ -89,7 +89,9 @@ class CompiledModel(nn.Module):
         values = {name: _tensor(name, given[name]) for name in names}
         shape = values[names[0]].shape
         if not shape or shape[0] < 1:
-            raise InputError(f"input {names[0]!r}: got shape {list(shape)}, expected {['B', *specs[0].shape]} with B at least 1")
+            raise InputError(
+                f"input {names[0]!r}: got shape {list(shape)}, expected {['B', *specs[0].shape]} with B at least 1"
+            )
         return [_conform(spec, values[spec.name], shape[0]) for spec in specs]
 
 

@@ -11,7 +11,9 @@ from tests.graphs import DDIM
 
 
 def _signature(*conditions):
-    return Signature((InputSpec("x", (2, 3, 3), torch.float32, "x"), InputSpec("t", (), torch.int64, "t"), *conditions), "tensor", 8)
+    return Signature(
+        (InputSpec("x", (2, 3, 3), torch.float32, "x"), InputSpec("t", (), torch.int64, "t"), *conditions), "tensor", 8
+    )
 
 
 def _generator():
@@ -73,7 +75,9 @@ def test_timesteps_are_those_of_the_scheduler():
     assert sampler.schedule_length(SamplerSpec(DDIM, 4)) == 100
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]
+)
 def test_sampling_is_the_plain_diffusers_loop(name):
     config = {"_class_name": name, "num_train_timesteps": 100, "beta_schedule": "linear"}
 
@@ -95,7 +99,9 @@ def test_sampling_is_the_plain_diffusers_loop(name):
 def test_hooks_see_every_step_and_sampling_can_stop_early():
     seen = []
     x = torch.randn(2, 1, 3, 3, generator=_generator())
-    result = sampler.sample(lambda x, t: x * 0, SamplerSpec(DDIM, 4), x, hook=lambda i, t, s, p: seen.append((i, t)), stop_after=2)
+    result = sampler.sample(
+        lambda x, t: x * 0, SamplerSpec(DDIM, 4), x, hook=lambda i, t, s, p: seen.append((i, t)), stop_after=2
+    )
     assert seen == [(0, 75.0), (1, 50.0)] and bool(torch.isfinite(result).all())
 
 

@@ -78,7 +78,9 @@ def test_one_step(samples):
 
 @pytest.mark.parametrize("steps", [2, 5])
 def test_equal_features_give_a_uniform_allocation(steps):
-    result = tdac.tdac([torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))] * steps, 10 * steps, TdacConfig())
+    result = tdac.tdac(
+        [torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))] * steps, 10 * steps, TdacConfig()
+    )
     assert result.counts.tolist() == [10] * steps
     assert not result.density.isnan().any() and not result.diversity.isnan().any()
 
@@ -114,7 +116,9 @@ def test_allocations_sum_to_the_samples(weights, samples, floor):
     if samples >= floor * len(weights):
         assert int(counts.min()) >= floor
         rest, total = samples - floor * len(weights), sum(weights)
-        ideal = torch.tensor([rest * w / total if total > 0 else rest / len(weights) for w in weights], dtype=torch.float64)
+        ideal = torch.tensor(
+            [rest * w / total if total > 0 else rest / len(weights) for w in weights], dtype=torch.float64
+        )
         assert bool(((counts - floor - ideal).abs() < 1 + 1e-9).all())
 
 

@@ -53,7 +53,11 @@ def inspected(compiled):
 
 def test_the_summary_adds_up(compiled):
     path, summary = compiled
-    assert summary["output"] == str(path) and summary["config"] == "w4a8" and summary["bytes"]["file"] == path.stat().st_size
+    assert (
+        summary["output"] == str(path)
+        and summary["config"] == "w4a8"
+        and summary["bytes"]["file"] == path.stat().st_size
+    )
     assert summary["bytes"]["file"] < 0.5 * summary["bytes"]["fp16_parameters"]
     assert set(summary["layers"]) <= {"w4a8", "w8a8", "w8a16", "float", "table"} and summary["layers"]["w8a16"] == 1
     assert 4.0 < summary["average_weight_bits"] <= 4.7 and summary["weights"]["ratio_to_fp16"] < 0.32
@@ -67,13 +71,19 @@ def _state():
 
 def test_every_layer_of_the_model_is_in_the_table(inspected):
     rows = {row["layer"]: row for row in inspected["layers"]}
-    layers = {name.removesuffix(".weight") for name, value in _state().items() if name.endswith(".weight") and value.dim() in (2, 4)}
+    layers = {
+        name.removesuffix(".weight")
+        for name, value in _state().items()
+        if name.endswith(".weight") and value.dim() in (2, 4)
+    }
     layers = {name for name in layers if "class_embedding" not in name}  # an embedding table is a lookup, not a product
     assert len(layers) > 30
     shown = {name.split(".part")[0] for name in rows}
     assert layers <= shown
     for row in rows.values():
-        assert row["executed"] in ("w4a8", "w8a8", "w8a16", "table") or (row["kind"] == "attention" and row["executed"] == "float"), row
+        assert row["executed"] in ("w4a8", "w8a8", "w8a16", "table") or (
+            row["kind"] == "attention" and row["executed"] == "float"
+        ), row
         assert row["note"] or row["executed"] == "w4a8", row
     assert sum(row["executed"] == "table" for row in rows.values()) == 2
     assert sum(row["bytes"] for row in rows.values()) == inspected["totals"]["bytes"]
@@ -148,7 +158,9 @@ def test_samples_are_written_as_a_png(compiled, tmp_path, count):
 
 
 def test_samples_can_stand_beside_the_float_model(compiled, tmp_path):
-    result = _invoke("sample", compiled[0], "-n", 3, "--label", 4, "--reference", MODEL, "-o", tmp_path / "grid.png", "--json")
+    result = _invoke(
+        "sample", compiled[0], "-n", 3, "--label", 4, "--reference", MODEL, "-o", tmp_path / "grid.png", "--json"
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["psnr_db"]["worst"] > 12
     with Image.open(tmp_path / "grid.png") as image:

@@ -52,12 +52,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (path / "small.toml").write_text("[tdac]\ntrajectories = 4\n[reconstruction]\nbatch = 4\n")
     model = build()
     torch.save(model.state_dict(), path / "weights.pt")
-    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v.half() for k, v in model.state_dict().items()}}, path / "trainer.pt")
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{k}": v.half() for k, v in model.state_dict().items()}},
+        path / "trainer.pt",
+    )
     save_file(model.state_dict(), path / "weights.safetensors")
     batch = torch.export.Dim("batch", min=1, max=32)
     program = torch.export.export(model, inputs(2), dynamic_shapes={"x": {0: batch}, "t": {0: batch}})
     torch.export.save(program, path / "dynamic.pt2")
-    torch.export.save(torch.export.export(model, inputs(2)), path / "fixed.pt")  # an archive under another name, with grad on
+    torch.export.save(
+        torch.export.export(model, inputs(2)), path / "fixed.pt"
+    )  # an archive under another name, with grad on
     yield path
 
 
@@ -83,7 +88,9 @@ def test_the_truth_table_is_complete(artifact: Artifact) -> None:
     assert executed["stem"] == "w8a16" and executed["head"] == "w8a8"
     folded = {"time.first", "time.second", *(f"{block}.time" for block in ("down_block", "mid_a", "up_block"))}
     assert {name for name, value in executed.items() if value == "table"} == folded
-    assert not [name for name, value in executed.items() if value == "float"], "every layer of this model has an integer form"
+    assert not [name for name, value in executed.items() if value == "float"], (
+        "every layer of this model has an integer form"
+    )
     assert rows["up"]["kind"] == "conv_transpose2d" and rows["up"]["executed"] in ("w4a8", "w8a8")
     assert sum(value == "w4a8" for value in executed.values()) >= 5
 
@@ -112,7 +119,9 @@ def test_the_file_is_called_like_the_model(model: CompiledModel, artifact: Artif
 
 
 def test_eight_bits_come_close_to_the_float_model(folder: Path) -> None:
-    config = QuantConfig(8, 8, calib_samples=16, tdac=TdacConfig(trajectories=4), reconstruction=ReconstructionConfig(iters=2, batch=4))
+    config = QuantConfig(
+        8, 8, calib_samples=16, tdac=TdacConfig(trajectories=4), reconstruction=ReconstructionConfig(iters=2, batch=4)
+    )
     result = compile_model(folder / "weights.safetensors", config, factory="tests.models.foreign:build", steps=3)
     x, t = inputs(5, seed=9)
     with torch.no_grad():
@@ -188,10 +197,15 @@ def test_labels_are_an_input_of_the_compiled_model(folder: Path) -> None:
 
 
 def test_verify_accepts_what_was_compiled_and_refuses_another_model(folder: Path, artifact: Artifact) -> None:
-    good = run("verify", folder / "pt.qmod", "--reference", folder / "weights.pt", *FACTORY, "-n", "2", "--json", "--debug")
+    good = run(
+        "verify", folder / "pt.qmod", "--reference", folder / "weights.pt", *FACTORY, "-n", "2", "--json", "--debug"
+    )
     assert good["broken"] == [] and good["same_model"] and good["weights"]["failures"] == {}
     state = build().state_dict()
     state["mid_a.conv_a.weight"] = -state["mid_a.conv_a.weight"]
     torch.save(state, folder / "altered.pt")
-    bad = CliRunner().invoke(main, ["verify", str(folder / "pt.qmod"), "--reference", str(folder / "altered.pt"), *FACTORY, "-n", "2", "--json"])
+    bad = CliRunner().invoke(
+        main,
+        ["verify", str(folder / "pt.qmod"), "--reference", str(folder / "altered.pt"), *FACTORY, "-n", "2", "--json"],
+    )
     assert bad.exit_code == 7 and "mid_a.conv_a" in bad.output

@@ -28,9 +28,15 @@ def _broken(compiled, name, change):
 
 def test_a_good_program_passes(compiled, inputs):
     reports = check_layers(compiled.qdq, compiled.lowered, inputs)
-    names = {layer_of(n).name for n in compiled.lowered.graph_module.graph.nodes if layer_of(n) and layer_of(n).executed != "float"}
+    names = {
+        layer_of(n).name
+        for n in compiled.lowered.graph_module.graph.nodes
+        if layer_of(n) and layer_of(n).executed != "float"
+    }
     assert {r.layer for r in reports} == names and len(reports) > 15
-    assert all(not r.failure and r.accumulators_equal and r.accumulators > 0 and 0 <= r.error_over_bound <= 1 for r in reports)
+    assert all(
+        not r.failure and r.accumulators_equal and r.accumulators > 0 and 0 <= r.error_over_bound <= 1 for r in reports
+    )
     # The bound is tight enough to mean something: some layer comes near it.
     assert max(r.error_over_bound for r in reports) > 0.1
 
@@ -121,7 +127,11 @@ def test_codes_belong_to_the_reference(compiled, weights):
 def test_a_changed_code_is_found(compiled, weights, layer):
     fork = compiled.qdq.fork()
     info = layer_of(_node(fork, layer))
-    shape = next(n.args[3] for n in fork.graph_module.graph.nodes if n.args and getattr(n.args[0], "target", "") == f"{layer}.weight_q")
+    shape = next(
+        n.args[3]
+        for n in fork.graph_module.graph.nodes
+        if n.args and getattr(n.args[0], "target", "") == f"{layer}.weight_q"
+    )
     codes = packing.unpack(get_constant(fork.graph_module, f"{layer}.weight_q"), info.weight_bits, shape).clone()
     flat = codes.view(-1)
     flat[5] = flat[5] - 2 if int(flat[5]) > 0 else flat[5] + 2

@@ -12,7 +12,9 @@ def _gaussian(mean, covariance, n=4000, seed=0):
     raw = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     raw = raw - raw.mean(dim=0)
     white = raw @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(raw.T))).T
-    return white @ torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64)).T + torch.tensor(mean, dtype=torch.float64)
+    return white @ torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64)).T + torch.tensor(
+        mean, dtype=torch.float64
+    )
 
 
 def test_the_distance_of_a_set_to_itself_is_zero():
@@ -35,7 +37,9 @@ def test_covariances_that_do_not_commute():
     a, b = [[2.0, 1.0], [1.0, 3.0]], [[5.0, -1.0], [-1.0, 1.0]]
     product = torch.linalg.eigvals(torch.tensor(a, dtype=torch.float64) @ torch.tensor(b, dtype=torch.float64)).real
     expected = 2 + 3 + 5 + 1 - 2 * float(product.sqrt().sum())
-    assert frechet(_gaussian([0.0, 0.0], a), _gaussian([0.0, 0.0], b, seed=1), eps=0.0) == pytest.approx(expected, rel=1e-8)
+    assert frechet(_gaussian([0.0, 0.0], a), _gaussian([0.0, 0.0], b, seed=1), eps=0.0) == pytest.approx(
+        expected, rel=1e-8
+    )
     assert expected > 0.5
 
 

@@ -154,7 +154,9 @@ def test_what_cannot_be_an_integer_program_is_refused_by_name(body: type[Body], 
 
 
 def test_a_hidden_layer_is_named() -> None:
-    with pytest.raises(CaptureError, match=r"1 layer\(s\) of the model are hidden .*: body\.conv\. .*use_checkpoint=False"):
+    with pytest.raises(
+        CaptureError, match=r"1 layer\(s\) of the model are hidden .*: body\.conv\. .*use_checkpoint=False"
+    ):
         capture(source_from_module(Shell(Hidden()).eval(), SAMPLER))
 
 
@@ -181,7 +183,9 @@ def test_an_archive_exported_in_training_mode_is_refused(body: type[Body], tmp_p
         float_program(exported(Shell(body()).train(), tmp_path))
 
 
-@pytest.mark.parametrize("name", ["einsum_attention_in_own_checkpoint", "torch_checkpoint", "torch_checkpoint_reentrant"])
+@pytest.mark.parametrize(
+    "name", ["einsum_attention_in_own_checkpoint", "torch_checkpoint", "torch_checkpoint_reentrant"]
+)
 def test_checkpoint_wrappers_in_an_archive_exported_with_gradients_are_inlined(name: str, tmp_path: Any) -> None:
     model = make(name)
     nested = torch.export.export(model, (X, T))
@@ -198,10 +202,15 @@ def test_checkpoint_wrappers_in_an_archive_exported_with_gradients_are_inlined(n
     assert any("set_grad" in t for t in top)
 
 
-@pytest.mark.parametrize("name", ["bmm_attention", "token_linear", "einsum_attention_in_own_checkpoint", "masked_attention", "sequence_first"])
+@pytest.mark.parametrize(
+    "name",
+    ["bmm_attention", "token_linear", "einsum_attention_in_own_checkpoint", "masked_attention", "sequence_first"],
+)
 def test_attention_decomposed_for_integers_computes_the_same(name: str) -> None:
     model = make(name)
-    program = run_passes(capture(source_from_module(model, SAMPLER)), float_passes(), Context(QuantConfig(attention="int8")))
+    program = run_passes(
+        capture(source_from_module(model, SAMPLER)), float_passes(), Context(QuantConfig(attention="int8"))
+    )
     with torch.no_grad():
         torch.testing.assert_close(program(X, T), model(X, T), rtol=1e-4, atol=2e-6)
     names = {op_name(n.target) for n in program.graph_module.graph.nodes}
@@ -213,7 +222,9 @@ def test_batch_limits_of_an_archive_are_kept(low: int, tmp_path: Any) -> None:
     model = make("scale_shift")
     batch = torch.export.Dim("batch", min=low, max=6)
     size = max(2, low)
-    program = torch.export.export(model, (X[:1].repeat(size, 1, 1, 1), T[:1].repeat(size)), dynamic_shapes=({0: batch}, {0: batch}))
+    program = torch.export.export(
+        model, (X[:1].repeat(size, 1, 1, 1), T[:1].repeat(size)), dynamic_shapes=({0: batch}, {0: batch})
+    )
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     (tmp_path / "model.pt2").write_bytes(buffer.getvalue())

@@ -95,7 +95,13 @@ def test_a_list(place: Path) -> None:
 def test_a_pickled_module_is_refused_with_three_safe_ways(place: Path) -> None:
     torch.save(build(), place / "model.pt")
     message = refused(
-        place / "model.pt", "pickled Python object", "can run any code", "torch.export.save", "--factory", "save_pretrained", "--trust-pickle"
+        place / "model.pt",
+        "pickled Python object",
+        "can run any code",
+        "torch.export.save",
+        "--factory",
+        "save_pretrained",
+        "--trust-pickle",
     )
     assert all(f"({n})" in message for n in (1, 2, 3))
 
@@ -121,7 +127,11 @@ def test_a_trusted_pickled_module_is_loaded(place: Path) -> None:
     torch.save(build(), place / "model.pt")
     source = load_source(place / "model.pt", LoadOptions(trust_pickle=True, steps=3))
     assert source.signature.inputs[0].shape == (3, SIZE, SIZE) and source.signature.inputs[1].dtype == torch.int64
-    assert source.sampler.steps == 3 and source.provenance()["class"] == "ForeignUNet" and len(source.origin["sha256"]) == 64
+    assert (
+        source.sampler.steps == 3
+        and source.provenance()["class"] == "ForeignUNet"
+        and len(source.origin["sha256"]) == 64
+    )
 
 
 def test_a_trusted_pickle_that_fails_says_why(place: Path) -> None:
@@ -189,7 +199,9 @@ def test_a_file_without_a_state_dict(place: Path) -> None:
 
 def test_the_models_part_of_a_trainers_file_is_found_by_its_prefix(place: Path) -> None:
     state = build().state_dict()
-    torch.save({**{f"model.diffusion_model.{k}": v for k, v in state.items()}, "betas": torch.zeros(4)}, place / "model.pt")
+    torch.save(
+        {**{f"model.diffusion_model.{k}": v for k, v in state.items()}, "betas": torch.zeros(4)}, place / "model.pt"
+    )
     module = load_source(place / "model.pt", LoadOptions(factory=FACTORY, steps=2)).module
     assert module is not None and all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
 
@@ -205,7 +217,13 @@ def test_two_copies_of_the_weights_are_not_guessed_between(place: Path) -> None:
 
 def test_an_unknown_sampler(tmp_path: Path) -> None:
     torch.save(build().state_dict(), tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", "the sampler is unknown", "--scheduler scheduler_config.json", "DDIMScheduler", factory=FACTORY)
+    refused(
+        tmp_path / "model.pt",
+        "the sampler is unknown",
+        "--scheduler scheduler_config.json",
+        "DDIMScheduler",
+        factory=FACTORY,
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,7 +308,9 @@ def test_a_condition_that_forward_does_not_take() -> None:
     _rejected(build_with_labels(), "condition 'z' is not a parameter", "x, t, y", conditions={"z": torch.zeros(4, 2)})
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"nonsense", "not a readable safetensors file"), (None, "not a readable safetensors file")])
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"nonsense", "not a readable safetensors file"), (None, "not a readable safetensors file")]
+)
 def test_a_condition_file_that_cannot_be_read(place: Path, content: bytes | None, word: str) -> None:
     torch.save(build().state_dict(), place / "model.pt")
     if content is not None:
@@ -325,7 +345,9 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x, t = torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
     torch.export.save(torch.export.export(Swapped(), (t, x)), folder / "swapped.pt2")
     auto = torch.export.Dim.AUTO
-    torch.export.save(torch.export.export(NoShape(), (x, t), dynamic_shapes=({0: auto}, {0: auto})), folder / "auto.pt2")
+    torch.export.save(
+        torch.export.export(NoShape(), (x, t), dynamic_shapes=({0: auto}, {0: auto})), folder / "auto.pt2"
+    )
     labelled, y = build_with_labels(), torch.zeros(2, dtype=torch.int64)
     torch.export.save(torch.export.export(labelled, (torch.zeros(2, 3, 8, 8), t, y)), folder / "labelled.pt2")
     return folder
@@ -352,7 +374,9 @@ def test_an_archive_whose_condition_has_no_values(archives: Path) -> None:
     ],
     ids=["another shape", "an unknown name"],
 )
-def test_an_archive_with_conditions_that_do_not_fit(archives: Path, tmp_path: Path, tensors: dict[str, Tensor], words: tuple[str, ...]) -> None:
+def test_an_archive_with_conditions_that_do_not_fit(
+    archives: Path, tmp_path: Path, tensors: dict[str, Tensor], words: tuple[str, ...]
+) -> None:
     save_file(tensors, tmp_path / "c.safetensors")
     refused(archives / "labelled.pt2", *words, conditions=tmp_path / "c.safetensors")
 
@@ -431,7 +455,9 @@ def test_a_text_conditioned_model_needs_its_text(tmp_path: Path) -> None:
         "attention_head_dim": 2, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     }  # fmt: skip
     model = UNet2DConditionModel(**config)
-    torch.save(_checkpoint(model, model={"class_name": "UNet2DConditionModel", "config": config}), tmp_path / "model.pt")
+    torch.save(
+        _checkpoint(model, model={"class_name": "UNet2DConditionModel", "config": config}), tmp_path / "model.pt"
+    )
     refused(tmp_path / "model.pt", "needs text conditions", "encoder_hidden_states", "[N, tokens, 6]")
 
 
@@ -448,7 +474,11 @@ def folder(tmp_path: Path, diffusers_unet: nn.Module) -> Path:
     return tmp_path / "unet"
 
 
-@pytest.mark.parametrize("where", [".", "..", "scheduler", "../scheduler"], ids=["beside", "above", "in a folder", "in the pipeline's folder"])
+@pytest.mark.parametrize(
+    "where",
+    [".", "..", "scheduler", "../scheduler"],
+    ids=["beside", "above", "in a folder", "in the pipeline's folder"],
+)
 def test_a_diffusers_folder_with_its_scheduler(folder: Path, diffusers_unet: nn.Module, where: str) -> None:
     target = folder / where
     target.mkdir(exist_ok=True)
@@ -499,7 +529,9 @@ def test_a_folder_with_damaged_weights(folder: Path) -> None:
     refused(folder, "not a readable safetensors file")
 
 
-@pytest.mark.parametrize("index", ["{", "{}", '{"weight_map": 3}', '{"weight_map": {"conv_in.weight": "part-1.safetensors"}}'])
+@pytest.mark.parametrize(
+    "index", ["{", "{}", '{"weight_map": 3}', '{"weight_map": {"conv_in.weight": "part-1.safetensors"}}']
+)
 def test_a_folder_with_a_bad_index(folder: Path, index: str) -> None:
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
     refused(folder, "part-1.safetensors" if "part-1" in index else "not a safetensors index")

@@ -24,7 +24,9 @@ from tests.models.variants import SIZE, VARIANTS, make
 
 SAMPLER = SamplerSpec({"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "beta_schedule": "linear"}, 3)
 #: Three trajectories and nine samples: odd numbers, so that no batch comes out even by luck.
-CONFIG = QuantConfig(calib_samples=9, tdac=TdacConfig(trajectories=3), reconstruction=ReconstructionConfig(iters=2, batch=4))
+CONFIG = QuantConfig(
+    calib_samples=9, tdac=TdacConfig(trajectories=3), reconstruction=ReconstructionConfig(iters=2, batch=4)
+)
 LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear)
 #: Layers that the forward never uses.
 UNUSED = {"unused_layer": {"body.forgotten"}, "time_plane": {"body.forgotten"}}
@@ -87,7 +89,9 @@ def compiled(name: str) -> Compiled:
     torch.set_num_threads(1)
     model = make(name)
     stages: dict[str, Program] = {}
-    result = compile_source(source_from_module(model, SAMPLER), CONFIG, dump=lambda stage, program: stages.update({stage: program.fork()}))
+    result = compile_source(
+        source_from_module(model, SAMPLER), CONFIG, dump=lambda stage, program: stages.update({stage: program.fork()})
+    )
     return Compiled(model, result, stages)
 
 
@@ -115,13 +119,17 @@ def test_every_layer_of_the_model_is_in_the_truth_table_with_what_runs_or_why_no
     assert len(names) == len(set(names)), "a layer is listed twice"
     for path, module in case.model.named_modules():
         if isinstance(module, LAYER_TYPES) and path not in UNUSED.get(name, ()):
-            assert any(n == path or n.startswith((f"{path}.part", f"{path}.use")) for n in names), f"{path} is not in {names}"
+            assert any(n == path or n.startswith((f"{path}.part", f"{path}.use")) for n in names), (
+                f"{path} is not in {names}"
+            )
     floats = {row["layer"]: row["note"] for row in rows if row["executed"] == "float"}
     assert floats.keys() == FLOAT.get(name, {}).keys()
     assert all(word in floats[layer] for layer, word in FLOAT.get(name, {}).items()), floats
     for row in rows:
         assert row["executed"] in ("w4a8", "w8a8", "w8a16", "table", "float")
-        assert (row["executed"] == "table") == (row["layer"] in case.result.lowered.time.folded if case.result.lowered.time else False)
+        assert (row["executed"] == "table") == (
+            row["layer"] in case.result.lowered.time.folded if case.result.lowered.time else False
+        )
 
 
 @every_variant
@@ -158,7 +166,9 @@ def test_residual_regions_are_reconstructed_as_one_block(name: str) -> None:
 def test_integers_equal_the_simulation_layer_by_layer(name: str) -> None:
     case = compiled(name)
     batch = case.result.lowered.signature.max_batch if case.result.lowered.signature.min_batch > 1 else 3
-    reports = check_layers(case.result.qdq, case.result.lowered, inputs(batch, case.float_program.signature.inputs[1].dtype))
+    reports = check_layers(
+        case.result.qdq, case.result.lowered, inputs(batch, case.float_program.signature.inputs[1].dtype)
+    )
     assert [r.failure for r in reports if r.failure] == []
     assert {r.layer for r in reports} == {info.name for info in layers(case.result.qdq) if info.weight_bits < 32}
     assert all(r.accumulators > 0 for r in reports)
@@ -172,7 +182,9 @@ def test_four_bit_weights_keep_most_of_the_signal(name: str) -> None:
     assert quality is not None and quality.sqnr > 15
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if n != "computed_weights"], ids=lambda n: n.replace("_", " "))  # that one mixes the batch
+@pytest.mark.parametrize(
+    "name", [n for n in VARIANTS if n != "computed_weights"], ids=lambda n: n.replace("_", " ")
+)  # that one mixes the batch
 def test_the_integer_program_gives_a_sample_the_same_result_in_any_batch(name: str) -> None:
     program = compiled(name).result.lowered
     x, t = inputs(5, program.signature.inputs[1].dtype)
@@ -195,13 +207,23 @@ def test_a_file_holds_the_same_program(name: str, tmp_path: Path) -> None:
 
 
 def _operators(program: Program) -> set[str]:
-    return {op_name(n.target) for n in program.graph_module.graph.nodes if isinstance(n, fx.Node) and n.op == "call_function"}
+    return {
+        op_name(n.target)
+        for n in program.graph_module.graph.nodes
+        if isinstance(n, fx.Node) and n.op == "call_function"
+    }
 
 
 @every_variant
 def test_no_foreign_spelling_of_a_layer_is_left(name: str) -> None:
     left = _operators(compiled(name).float_program)
-    assert not left & {"aten.conv1d.default", "aten.conv_transpose1d.default", "aten.addmm.default", "aten.mm.default", "aten.conv2d.padding"}
+    assert not left & {
+        "aten.conv1d.default",
+        "aten.conv_transpose1d.default",
+        "aten.addmm.default",
+        "aten.mm.default",
+        "aten.conv2d.padding",
+    }
     if name in ("batch_norm", "shared_conv_two_norms"):
         assert "aten.batch_norm.default" not in left
     assert not any("checkpoint" in op or "set_grad" in op or op.startswith("wrap") for op in left)
@@ -210,7 +232,10 @@ def test_no_foreign_spelling_of_a_layer_is_left(name: str) -> None:
 def test_a_loop_over_the_batch_fixes_it_and_says_so() -> None:
     program = compiled("len_of_batch").result.lowered
     assert (program.signature.min_batch, program.signature.max_batch) == (2, 2)
-    assert "batch fixed at 2" in program.signature.source and "your code specialized it to be a constant" in program.signature.source
+    assert (
+        "batch fixed at 2" in program.signature.source
+        and "your code specialized it to be a constant" in program.signature.source
+    )
     assert any("batch of 2 only" in note for note in program.notes)
 
 
@@ -224,7 +249,10 @@ def test_each_use_of_a_shared_weight_has_scales_of_its_own() -> None:
     case = compiled("reused_weights")
     module = case.result.lowered.graph_module
     uses = {n.meta["layer"].name: n for n in module.graph.nodes if "layer" in n.meta}
-    multipliers = {name: module.get_buffer(str(uses[name].args[2].target)) for name in ("body.shared", "body.shared.use2", "body.tied")}
+    multipliers = {
+        name: module.get_buffer(str(uses[name].args[2].target))
+        for name in ("body.shared", "body.shared.use2", "body.tied")
+    }
     # The three inputs differ by factors of about ten, and so do their activation scales.
     assert float((multipliers["body.shared.use2"] / multipliers["body.shared"]).mean()) > 2
     assert float((multipliers["body.shared.use2"] / multipliers["body.tied"]).mean()) > 2

@@ -26,7 +26,11 @@ def test_dependencies_tell_values_from_sizes():
     time = build.op("aten._to_copy.default", build.t, dtype=torch.float32)
     mixed = build.op("aten.add.Tensor", zeros, build.op("aten.unsqueeze.default", time, 1))
     text = build.op("aten.sum.dim_IntList", build.conditions[0], [1], True)
-    whole = build.op("aten.mul.Tensor", build.x, build.op("aten.reshape.default", build.op("aten.add.Tensor", mixed, text), [-1, 4, 1, 1]))
+    whole = build.op(
+        "aten.mul.Tensor",
+        build.x,
+        build.op("aten.reshape.default", build.op("aten.add.Tensor", mixed, text), [-1, 4, 1, 1]),
+    )
     constant = build.constant("c", torch.ones(1))
     graph = build.program(build.op("aten.add.Tensor", whole, constant)).graph_module.graph
     deps = {n.name: d for n, d in dependencies(graph).items()}
@@ -35,7 +39,12 @@ def test_dependencies_tell_values_from_sizes():
     assert deps[text.name] == {"text"} and deps["c"] == frozenset()
     assert deps[whole.name] == {"x", "t", "text", BATCH}
     dependent = {n.name for n in x_dependent(graph)}
-    assert whole.name in dependent and zeros.name not in dependent and size.name not in dependent and text.name not in dependent
+    assert (
+        whole.name in dependent
+        and zeros.name not in dependent
+        and size.name not in dependent
+        and text.name not in dependent
+    )
 
 
 def test_layers_are_operators_with_a_constant_weight():
@@ -57,7 +66,9 @@ def test_layers_are_operators_with_a_constant_weight():
 
 def test_shapes_and_batches_are_found_without_computing():
     build = GraphBuilder(x=(4, 2, 2))
-    flat = build.op("aten.reshape.default", build.x, [-1, 4])  # 4 rows per sample: the batch is no longer in front alone
+    flat = build.op(
+        "aten.reshape.default", build.x, [-1, 4]
+    )  # 4 rows per sample: the batch is no longer in front alone
     total = build.op("aten.sum.default", build.x)
     split = build.op("aten.split.Tensor", build.x, 2, 1).name  # a list of tensors, not a tensor
     out = build.op("aten.mul.Tensor", build.x, build.op("aten.mul.Tensor", total, build.op("aten.sum.default", flat)))

@@ -30,7 +30,9 @@ def test_a_float_graph_is_legal_in_every_simulated_dialect(dialect):
 def test_an_operator_outside_the_dialect_is_named():
     build = GraphBuilder()
     bad = build.op("aten.randn_like.default", build.x)
-    with pytest.raises(DialectError, match=f"node {bad.name}: operator aten.randn_like.default is not legal in dialect float"):
+    with pytest.raises(
+        DialectError, match=f"node {bad.name}: operator aten.randn_like.default is not legal in dialect float"
+    ):
         verify(build.program(bad, shapes=False))
     assert illegal_ops(build.graph, "float") == ["aten.randn_like.default"]
 
@@ -55,7 +57,10 @@ def test_method_calls_are_never_legal():
         verify(build.program(node, shapes=False))
 
 
-@pytest.mark.parametrize(("module", "dialect"), [(nn.ReLU(), "fake_quant"), (ActFakeQuant(act_spec(8)), "float"), (ActFakeQuant(act_spec(8)), "qdq")])
+@pytest.mark.parametrize(
+    ("module", "dialect"),
+    [(nn.ReLU(), "fake_quant"), (ActFakeQuant(act_spec(8)), "float"), (ActFakeQuant(act_spec(8)), "qdq")],
+)
 def test_only_quantizers_may_be_called_and_only_in_fake_quant(module, dialect):
     build = GraphBuilder()
     build.root.add_module("inner", module)
@@ -80,7 +85,9 @@ def test_dead_constants_are_named():
 def test_missing_constants_are_named():
     _, program = _good()
     del program.graph_module.inner.weight
-    with pytest.raises(DialectError, match=r"node inner_weight: constant inner.weight does not exist|malformed.*inner.weight"):
+    with pytest.raises(
+        DialectError, match=r"node inner_weight: constant inner.weight does not exist|malformed.*inner.weight"
+    ):
         verify(program)
 
 

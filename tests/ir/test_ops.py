@@ -6,7 +6,12 @@ import torch
 from edadm_compile.ir import ops
 
 #: Spellings that only other torch versions have.
-KNOWN_ABSENT = {"aten.logsigmoid.default", "aten.normalize.default", "aten.softsign.default", "aten.upsample_nearest_exact2d.vec"}
+KNOWN_ABSENT = {
+    "aten.logsigmoid.default",
+    "aten.normalize.default",
+    "aten.softsign.default",
+    "aten.upsample_nearest_exact2d.vec",
+}
 ALL = sorted(ops.FLOAT_OPS | ops.QDQ_OPS | ops.LOWERED_OPS)
 
 

@@ -25,7 +25,9 @@ def test_a_fork_has_its_own_graph_and_shares_tensors():
     fork.graph_module.recompile()
     assert str(program.graph_module.graph) == text
     assert get_constant(program.graph_module, "c.weight").any()
-    assert get_constant(fork.graph_module, "c.bias").data_ptr() == get_constant(program.graph_module, "c.bias").data_ptr()
+    assert (
+        get_constant(fork.graph_module, "c.bias").data_ptr() == get_constant(program.graph_module, "c.bias").data_ptr()
+    )
     assert all(n.meta.get("layer") != "changed" for n in program.graph_module.graph.nodes)
     assert [i.name for i in layers(fork) if i != "changed"] == ["c"]
 
@@ -37,7 +39,9 @@ def test_batches_are_sliced_and_filled_up(batch, lowest, largest):
     x, t = torch.randn(batch, 2, 3, 3), torch.arange(batch)
     expected = torch.cat([program(x[i : i + 1], t[i : i + 1]) for i in range(batch)])
     sizes = []
-    limited = dataclasses.replace(program, signature=dataclasses.replace(program.signature, min_batch=lowest, max_batch=largest))
+    limited = dataclasses.replace(
+        program, signature=dataclasses.replace(program.signature, min_batch=lowest, max_batch=largest)
+    )
     handle = limited.graph_module.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
     result = limited(x, t)
     handle.remove()

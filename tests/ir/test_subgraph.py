@@ -129,7 +129,11 @@ def test_a_conditioning_branch_that_two_blocks_read_stays_outside():
     emb = build.linear("emb", build.conditions[0], 5, 4)
     h = build.conv("stem", build.x, 4, 4)
     for name in "ab":
-        inner = build.op("aten.add.Tensor", build.conv(f"{name}.conv1", h, 4, 4), build.op("aten.reshape.default", emb, [-1, 4, 1, 1]))
+        inner = build.op(
+            "aten.add.Tensor",
+            build.conv(f"{name}.conv1", h, 4, 4),
+            build.op("aten.reshape.default", emb, [-1, 4, 1, 1]),
+        )
         h = build.op("aten.add.Tensor", build.conv(f"{name}.conv2", inner, 4, 4), h)
     found, _ = _names(build.program(build.conv("head", h, 4, 4)))
     assert ("layer", ["emb"]) in found

@@ -60,7 +60,11 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize(("act_bits", "pad_value"), [(8, -128), (8, 127), (8, 5), (4, -8), (16, 0)], ids=["z low", "z high", "z odd", "a4", "a16"])
+@pytest.mark.parametrize(
+    ("act_bits", "pad_value"),
+    [(8, -128), (8, 127), (8, 5), (4, -8), (16, 0)],
+    ids=["z low", "z high", "z odd", "a4", "a16"],
+)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", list(CONVOLUTIONS))
 def test_qconv2d(name, bits, act_bits, pad_value):
@@ -104,7 +108,9 @@ def test_qconv_transpose2d(name, bits, act_bits, pad_value):
     terms = reference.transpose_accumulators(codes, packed, *settings)
     # What lies between and around the inputs means zero: it has the code z, and contributes z * w at every tap.
     zero = float(pad_value)
-    centred = F.conv_transpose2d(codes.double() - zero, weight.double().transpose(0, 1), None, stride, padding, extra, 1, dilation)
+    centred = F.conv_transpose2d(
+        codes.double() - zero, weight.double().transpose(0, 1), None, stride, padding, extra, 1, dilation
+    )
     exact = centred.permute(0, 2, 3, 1) + zero * weight.double().flatten(1).sum(dim=1)
     assert torch.equal(_joined(terms), exact)
     multiplier, bias = _affine(outer)
@@ -122,7 +128,9 @@ def test_qlinear(shape, outer, bits, act_bits):
     terms = reference.linear_accumulators(codes, packed, bits, weight.shape)
     assert torch.equal(_joined(terms), codes.double() @ weight.double().t())
     multiplier, bias = _affine(outer)
-    _check_output(edadm.qlinear(codes, packed, multiplier, bias, bits, list(weight.shape)), terms, multiplier, bias, axis=-1)
+    _check_output(
+        edadm.qlinear(codes, packed, multiplier, bias, bits, list(weight.shape)), terms, multiplier, bias, axis=-1
+    )
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 7), (16, 33, 2)], ids=str)
@@ -205,7 +213,18 @@ def _operators():
         "dequantize_weight transposed": (packing.pack(conv, 4), m5[0], 4, [5, 2, 3, 3], 1),
         "dequantize_weight linear": (packing.pack(linear, 4), m7[0], 4, [7, 9], 0),
         "qconv2d": (image, packing.pack(wide, 8), *m5, 3, [2, 1], [1, 0], [1, 2], 1, 8, [5, 4, 3, 2]),
-        "qconv2d 16": (_codes((2, 4, 6, 5), 16), packing.pack(wide, 8), *m5, 0, [1, 1], [1, 1], [1, 1], 1, 8, [5, 4, 3, 2]),
+        "qconv2d 16": (
+            _codes((2, 4, 6, 5), 16),
+            packing.pack(wide, 8),
+            *m5,
+            0,
+            [1, 1],
+            [1, 1],
+            [1, 1],
+            1,
+            8,
+            [5, 4, 3, 2],
+        ),
         "qconv_transpose2d": (image, packing.pack(wide, 8), *m5, 3, [2, 3], [1, 0], [1, 2], [1, 2], 1, 8, [5, 4, 3, 2]),
         "qlinear": (_codes((2, 3, 9)), packing.pack(linear, 4), *m7, 4, [7, 9]),
         "qmatmul": (_codes((2, 3, 4)), _codes((2, 4, 5)), scale, 3, -4),

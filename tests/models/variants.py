@@ -282,7 +282,9 @@ class StandardisedConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        w = (w - w.mean(dim=(1, 2, 3), keepdim=True)) / (w.var(dim=(1, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+        w = (w - w.mean(dim=(1, 2, 3), keepdim=True)) / (
+            w.var(dim=(1, 2, 3), keepdim=True, unbiased=False) + 1e-5
+        ).sqrt()
         return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 

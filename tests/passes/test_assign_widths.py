@@ -38,7 +38,9 @@ def test_rule_2_the_head_has_eight_bits(labelled):
 def test_roles_follow_the_flow_of_values(labelled):
     _, infos, _ = _assigned(labelled)
     roles = {name: info.role for name, info in infos.items() if info.weight_shape}
-    assert {n for n, r in roles.items() if r == "stem"} == {"stem"} and {n for n, r in roles.items() if r == "head"} == {"head"}
+    assert {n for n, r in roles.items() if r == "stem"} == {"stem"} and {
+        n for n, r in roles.items() if r == "head"
+    } == {"head"}
     assert roles["label_proj"] == roles["block1.emb"] == "conditioning"
     assert roles["merge.part0"] == roles["block1.conv1"] == roles["attention.q"] == "inner"
     assert "time.0" not in roles  # folded into the tables
@@ -50,7 +52,9 @@ def test_rule_3_what_cannot_run_in_integers_stays_float_with_a_reason():
     weight = build.constant("grouped.weight", build.random(4, 2, 3, 3))
     h = build.op("aten.conv_transpose2d.input", h, weight, None, [1, 1], [1, 1], [0, 0], 2)
     time = build.op("aten.reshape.default", build.op("aten._to_copy.default", build.t, dtype=torch.float32), [-1, 1])
-    h = build.op("aten.add.Tensor", h, build.op("aten.reshape.default", build.linear("time", time, 1, 4), [-1, 4, 1, 1]))
+    h = build.op(
+        "aten.add.Tensor", h, build.op("aten.reshape.default", build.linear("time", time, 1, 4), [-1, 4, 1, 1])
+    )
     program = build.program(build.conv("head", h, 4, 4))
     for node in program.graph_module.graph.nodes:
         node.meta.pop("layer", None)
@@ -70,7 +74,9 @@ def test_rule_4_inner_layers_get_the_requested_widths(labelled):
 def test_rule_5_the_layers_that_hurt_most_are_promoted_within_the_budget(labelled):
     program, infos, stats = _assigned(labelled, act_bits=6, promoted_share=0.4)
     promoted = stats["promoted"]
-    assert promoted and all((infos[n].weight_bits, infos[n].act_bits) == (8, 8) and "promoted" in infos[n].note for n in promoted)
+    assert promoted and all(
+        (infos[n].weight_bits, infos[n].act_bits) == (8, 8) and "promoted" in infos[n].note for n in promoted
+    )
     rest = [i for i in infos.values() if i.role == "inner" and i.weight_shape and i.name not in promoted]
     assert rest and {(i.weight_bits, i.act_bits) for i in rest} == {(4, 6)}
     sizes = {n: torch.Size(i.weight_shape).numel() for n, i in infos.items() if i.weight_shape}
@@ -81,7 +87,11 @@ def test_rule_5_the_layers_that_hurt_most_are_promoted_within_the_budget(labelle
     assert average_bits(program) == pytest.approx(4 + 4 * wide / sum(sizes.values()))
 
 
-@pytest.mark.parametrize("changes", [{"uniform": True}, {"method": "minmax"}, {"weight_bits": 8, "act_bits": 8}, {"promoted_share": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"uniform": True}, {"method": "minmax"}, {"weight_bits": 8, "act_bits": 8}, {"promoted_share": 0.0}],
+    ids=str,
+)
 def test_rule_5_does_not_always_apply(labelled, changes):
     _, infos, stats = _assigned(labelled, **changes)
     assert not stats.get("promoted") and not any("promoted" in i.note for i in infos.values())
@@ -105,7 +115,11 @@ def test_the_sensitivity_is_the_error_of_rounding_that_layer_alone(labelled):
     weight, spec = layer_weight(annotated, node), weight_spec(4)
     scale = search_weight(weight, spec, candidates=40)
     other = program.fork()
-    set_constant(other.graph_module, "block2.conv1.weight", weight_codes(weight, scale, spec).float() * scale[:, None, None, None])
+    set_constant(
+        other.graph_module,
+        "block2.conv1.weight",
+        weight_codes(weight, scale, spec).float() * scale[:, None, None, None],
+    )
     with torch.no_grad():
         exact, rounded = program(*inputs).double(), other(*inputs).double()
     assert signal == pytest.approx(float(exact.square().sum()), rel=1e-6)
@@ -120,7 +134,11 @@ def test_rule_6_the_users_rules_come_last(labelled):
         LayerRule("block1.conv2", weight_bits=2),
     )
     _, infos, _ = _assigned(labelled, rules=rules)
-    assert (infos["block1.conv1"].weight_bits, infos["block1.conv1"].act_bits, infos["block1.conv1"].note) == (3, 8, "rule 'block1.*'")
+    assert (infos["block1.conv1"].weight_bits, infos["block1.conv1"].act_bits, infos["block1.conv1"].note) == (
+        3,
+        8,
+        "rule 'block1.*'",
+    )
     assert infos["block1.conv2"].weight_bits == 2
     assert (infos["stem"].weight_bits, infos["stem"].act_bits) == (8, 8)
     assert (infos["attention.q"].weight_bits, infos["attention.q"].act_bits) == (32, 32) and infos["attention.q"].note

@@ -63,9 +63,18 @@ def test_wrong_dialects_are_refused():
 
 def test_results_are_kept_and_dumped():
     ctx, dumped = Context(QuantConfig()), []
-    run_passes(_program(), [_Rename(), _Rename(name="again")], ctx, lambda name, program: dumped.append((name, program.dialect)))
+    run_passes(
+        _program(),
+        [_Rename(), _Rename(name="again")],
+        ctx,
+        lambda name, program: dumped.append((name, program.dialect)),
+    )
     assert dumped == [("rename", "float"), ("again", "float")]
-    assert ctx.stats["rename"]["renamed"] == 1 and ctx.stats["rename"]["changed"] is True and ctx.stats["rename"]["seconds"] >= 0
+    assert (
+        ctx.stats["rename"]["renamed"] == 1
+        and ctx.stats["rename"]["changed"] is True
+        and ctx.stats["rename"]["seconds"] >= 0
+    )
 
 
 def test_random_numbers_of_different_purposes_are_independent():

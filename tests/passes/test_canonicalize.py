@@ -9,7 +9,16 @@ from edadm_compile.ir.analysis import is_layer
 from edadm_compile.ir.ops import op_name
 from edadm_compile.passes.canonicalize import Canonicalize
 from edadm_compile.passes.insert_quant import layer_name
-from tests.graphs import GraphBuilder, apply, assert_close, assert_same_function, captured, count_ops, inputs_for, nodes_of
+from tests.graphs import (
+    GraphBuilder,
+    apply,
+    assert_close,
+    assert_same_function,
+    captured,
+    count_ops,
+    inputs_for,
+    nodes_of,
+)
 
 
 class _Model(nn.Module):
@@ -48,11 +57,18 @@ def test_rule_1_sub_graphs_are_inlined(operator):
     body_root, body = nn.Module(), fx.Graph()
     body_root.register_buffer("inner", torch.tensor(2.0))
     y = body.placeholder("y")
-    body.output((body.call_function(torch.ops.aten.mul.Tensor, (y, body.get_attr("inner"))), body.call_function(torch.ops.aten.neg.default, (y,))))
+    body.output(
+        (
+            body.call_function(torch.ops.aten.mul.Tensor, (y, body.get_attr("inner"))),
+            body.call_function(torch.ops.aten.neg.default, (y,)),
+        )
+    )
     build.root.add_module("body", fx.GraphModule(body_root, body))
     function = getattr(torch.ops.higher_order, operator)
     attribute = build.graph.get_attr("body")
-    call = build.graph.call_function(function, (False, attribute, build.x) if "grad" in operator else (attribute, build.x))
+    call = build.graph.call_function(
+        function, (False, attribute, build.x) if "grad" in operator else (attribute, build.x)
+    )
     import operator as python
 
     items = [build.graph.call_function(python.getitem, (call, i)) for i in (0, 1)]
@@ -98,8 +114,14 @@ def test_rule_4_identities_vanish():
         return torch.nn.functional.silu(x).expand(-1, -1, -1, -1)
 
     _, after, _ = _canonical(function, drop=nn.Dropout(0.5))
-    assert not {n for n in count_ops(after) if any(w in n for w in ("clone", "contiguous", "detach", "dropout", "expand"))}
-    assert all(n.args[0].target == "t" for n in after.graph_module.graph.nodes if n.op == "call_function" and "to" in op_name(n.target).split(".")[1])
+    assert not {
+        n for n in count_ops(after) if any(w in n for w in ("clone", "contiguous", "detach", "dropout", "expand"))
+    }
+    assert all(
+        n.args[0].target == "t"
+        for n in after.graph_module.graph.nodes
+        if n.op == "call_function" and "to" in op_name(n.target).split(".")[1]
+    )
 
 
 def test_rule_4_real_casts_and_expansions_stay():
@@ -142,11 +164,15 @@ _LAYERS = {
 def test_rule_6_convolutions_have_one_form(name):
     _, after, names = _canonical(_FORMS[name.split()[0]], layer=_LAYERS[name])
     found = {n for n in count_ops(after) if "conv" in n}
-    assert names == ["layer"] and found == {"aten.conv_transpose2d.input" if "transpose" in name else "aten.conv2d.default"}
+    assert names == ["layer"] and found == {
+        "aten.conv_transpose2d.input" if "transpose" in name else "aten.conv2d.default"
+    }
 
 
 def test_rule_6_valid_padding():
-    _, after, names = _canonical(lambda self, x: self.layer(self.pad(x)), layer=nn.Conv2d(3, 3, 3, padding="valid"), pad=nn.ZeroPad2d(1))
+    _, after, names = _canonical(
+        lambda self, x: self.layer(self.pad(x)), layer=nn.Conv2d(3, 3, 3, padding="valid"), pad=nn.ZeroPad2d(1)
+    )
     assert names == ["layer"] and "aten.conv2d.default" in count_ops(after)
 
 
@@ -154,7 +180,18 @@ def test_rule_6_valid_padding():
 def test_rule_6_the_general_convolution(transposed):
     build = GraphBuilder(x=(4, 5, 5))
     weight, bias = build.constant("c.weight", build.random(4, 4, 3, 3)), build.constant("c.bias", build.random(4))
-    out = build.op("aten.convolution.default", build.x, weight, bias, [2, 2], [1, 1], [1, 1], transposed, [1, 0] if transposed else [0, 0], 1)
+    out = build.op(
+        "aten.convolution.default",
+        build.x,
+        weight,
+        bias,
+        [2, 2],
+        [1, 1],
+        [1, 1],
+        transposed,
+        [1, 0] if transposed else [0, 0],
+        1,
+    )
     before = build.program(out)
     after, _ = apply(before, Canonicalize())
     assert_same_function(before, after)
@@ -169,8 +206,14 @@ _PRODUCTS = {
     "matmul": (_tokens(lambda self, y: y @ self.w), {"w": (3, 3)}),
     "matmul from the left": (lambda self, x: self.w @ x, {"w": (8, 8)}),
     "mm": (lambda self, x: torch.mm(x.flatten(1), self.w).reshape(x.shape), {"w": (192, 192)}),
-    "addmm": (lambda self, x: torch.addmm(self.b, x.flatten(1), self.w).reshape(x.shape), {"w": (192, 192), "b": (192,)}),
-    "addmm scaled": (lambda self, x: torch.addmm(self.b, x.flatten(1), self.w, beta=0.5, alpha=2.0).reshape(x.shape), {"w": (192, 192), "b": (192,)}),
+    "addmm": (
+        lambda self, x: torch.addmm(self.b, x.flatten(1), self.w).reshape(x.shape),
+        {"w": (192, 192), "b": (192,)},
+    ),
+    "addmm scaled": (
+        lambda self, x: torch.addmm(self.b, x.flatten(1), self.w, beta=0.5, alpha=2.0).reshape(x.shape),
+        {"w": (192, 192), "b": (192,)},
+    ),
     "einsum": (lambda self, x: torch.einsum("bchw,co->bohw", x, self.w), {"w": (3, 3)}),
     "einsum turned": (lambda self, x: torch.einsum("oc,bchw->bohw", self.w, x), {"w": (3, 3)}),
 }
@@ -201,7 +244,9 @@ def _norm():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_rule_8_batch_norms_disappear_into_convolutions(bias):
-    _, after, names = _canonical(lambda self, x: self.norm(self.conv(x)), conv=nn.Conv2d(3, 3, 3, padding=1, bias=bias), norm=_norm())
+    _, after, names = _canonical(
+        lambda self, x: self.norm(self.conv(x)), conv=nn.Conv2d(3, 3, 3, padding=1, bias=bias), norm=_norm()
+    )
     assert names == ["conv"] and not [n for n in count_ops(after) if "batch_norm" in n]
 
 
@@ -219,7 +264,11 @@ def test_rule_8_both_spellings(operator):
     before = build.program(build.op("aten.add.Tensor", build.op("aten.silu.default", norm), norm))
     after, ctx = apply(before, Canonicalize())
     assert_same_function(before, after)
-    assert ctx.stats["canonicalize"]["batch_norms"] == 1 and set(count_ops(after)) == {"aten.conv2d.default", "aten.silu.default", "aten.add.Tensor"}
+    assert ctx.stats["canonicalize"]["batch_norms"] == 1 and set(count_ops(after)) == {
+        "aten.conv2d.default",
+        "aten.silu.default",
+        "aten.add.Tensor",
+    }
 
 
 def test_rule_8_a_convolution_that_others_read_keeps_its_norm():
@@ -232,7 +281,12 @@ def test_rule_8_a_convolution_that_others_read_keeps_its_norm():
 
 
 def test_rule_8_one_convolution_with_two_norms():
-    _canonical(lambda self, x: self.a(self.conv(x)) - self.b(self.conv(x * 2)), conv=nn.Conv2d(3, 3, 3, padding=1), a=_norm(), b=_norm())
+    _canonical(
+        lambda self, x: self.a(self.conv(x)) - self.b(self.conv(x * 2)),
+        conv=nn.Conv2d(3, 3, 3, padding=1),
+        a=_norm(),
+        b=_norm(),
+    )
 
 
 def test_rule_9_swish_by_hand_is_silu():

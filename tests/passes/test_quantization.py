@@ -20,7 +20,17 @@ from edadm_compile.quant import packing
 from edadm_compile.quant.fake_quant import ActFakeQuant
 from edadm_compile.quant.observers import affine_from_range, minmax_weight, search_weight
 from edadm_compile.quant.spec import act_spec, weight_spec
-from tests.graphs import GraphBuilder, apply, assert_close, assert_same_function, count_ops, inputs_for, nodes_of, random_calibration, small_config
+from tests.graphs import (
+    GraphBuilder,
+    apply,
+    assert_close,
+    assert_same_function,
+    count_ops,
+    inputs_for,
+    nodes_of,
+    random_calibration,
+    small_config,
+)
 
 
 def _widths(node, weight, act):
@@ -111,9 +121,13 @@ def test_calibrate_rule_1_ranges_are_those_of_the_calibration_set():
         low, high = ctx.stats["calibrate"]["ranges"][node.name]
         assert (low, high) == pytest.approx((float(value.min()), float(value.max())), rel=1e-5)
         scale, zero = affine_from_range(torch.tensor([low]), torch.tensor([high]), quantizer.spec)
-        assert float(quantizer.scale) == pytest.approx(float(scale), rel=1e-5) and torch.equal(quantizer.zero_point, zero)
+        assert float(quantizer.scale) == pytest.approx(float(scale), rel=1e-5) and torch.equal(
+            quantizer.zero_point, zero
+        )
     for (_, quantizer), name in zip(weight_quantizers(fake), "ab", strict=True):
-        assert torch.equal(quantizer.scale, minmax_weight(get_constant(program.graph_module, f"{name}.weight"), quantizer.spec))
+        assert torch.equal(
+            quantizer.scale, minmax_weight(get_constant(program.graph_module, f"{name}.weight"), quantizer.spec)
+        )
 
 
 def test_calibrate_rule_1_the_search_beats_min_max_on_the_data():
@@ -122,7 +136,9 @@ def test_calibrate_rule_1_the_search_beats_min_max_on_the_data():
     x = calibration.x
     hidden = _hidden(program, x)
     for method in ("eda-dm", "minmax"):
-        fake, _ = apply(program, InsertQuant(), Calibrate(), config=small_config(method=method), calibration=calibration)
+        fake, _ = apply(
+            program, InsertQuant(), Calibrate(), config=small_config(method=method), calibration=calibration
+        )
         (quantizer,) = [m for _, m in activation_quantizers(fake) if m.spec.bits == 4]
         with torch.no_grad():
             errors[method] = float((quantizer(hidden) - hidden).square().mean())
@@ -133,14 +149,19 @@ def test_calibrate_rule_1_sixteen_bits_keep_a_margin():
     fake, ctx = _calibrated(_two_layers())
     node, quantizer = next(iter(activation_quantizers(fake)))
     low, high = ctx.stats["calibrate"]["ranges"][node.name]
-    assert float(quantizer.scale) == pytest.approx(1.25 * max(high / 32639, -low / 32768), rel=1e-5) and float(quantizer.zero_point) == 0.0
+    assert (
+        float(quantizer.scale) == pytest.approx(1.25 * max(high / 32639, -low / 32768), rel=1e-5)
+        and float(quantizer.zero_point) == 0.0
+    )
 
 
 def test_calibrate_rule_2_weights_get_searched_scales():
     program = _two_layers()
     fake, _ = _calibrated(program)
     for (_, quantizer), name in zip(weight_quantizers(fake), "ab", strict=True):
-        assert torch.equal(quantizer.scale, search_weight(get_constant(program.graph_module, f"{name}.weight"), quantizer.spec))
+        assert torch.equal(
+            quantizer.scale, search_weight(get_constant(program.graph_module, f"{name}.weight"), quantizer.spec)
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -216,7 +237,9 @@ def test_freeze_keeps_every_value(weight, act):
         with torch.no_grad():
             assert torch.equal(qdq(*inputs), fake(*inputs))
     ops = count_ops(qdq)
-    assert ops["edadm.quantize.default"] == ops["edadm.dequantize.default"] == ops["edadm.dequantize_weight.default"] == 2
+    assert (
+        ops["edadm.quantize.default"] == ops["edadm.dequantize.default"] == ops["edadm.dequantize_weight.default"] == 2
+    )
 
 
 def test_freeze_rule_1_scales_and_zero_points_become_constants():
@@ -231,11 +254,16 @@ def test_freeze_rule_2_codes_are_packed_and_the_float_weight_leaves():
     fake, qdq, _, _ = _frozen(_two_layers())
     targets = {str(n.target) for n in qdq.graph_module.graph.nodes if n.op == "get_attr"}
     assert not {"a.weight", "b.weight"} & targets and {"a.weight_q", "b.weight_q", "a.bias", "b.bias"} <= targets
-    assert not any(name in ("a.weight", "b.weight") for name, _ in [*qdq.graph_module.named_parameters(), *qdq.graph_module.named_buffers()])
+    assert not any(
+        name in ("a.weight", "b.weight")
+        for name, _ in [*qdq.graph_module.named_parameters(), *qdq.graph_module.named_buffers()]
+    )
     (_, quantizer) = list(weight_quantizers(fake))[1]
     packed = get_constant(qdq.graph_module, "b.weight_q")
     weight = get_constant(fake.graph_module, "b.weight")
-    assert packed.dtype == torch.uint8 and torch.equal(packing.unpack(packed, 4, weight.shape), quantizer.integer_codes(weight))
+    assert packed.dtype == torch.uint8 and torch.equal(
+        packing.unpack(packed, 4, weight.shape), quantizer.integer_codes(weight)
+    )
 
 
 def test_freeze_rule_2_transposed_convolutions_store_output_channels_first():
@@ -267,7 +295,12 @@ def _conv_program(bias=True, groups=1):
 
 def _linear_program():
     build = GraphBuilder()
-    tokens = build.op("aten.transpose.int", build.op("aten.reshape.default", build.op("aten.silu.default", build.x), [-1, 4, 64]), 1, 2)
+    tokens = build.op(
+        "aten.transpose.int",
+        build.op("aten.reshape.default", build.op("aten.silu.default", build.x), [-1, 4, 64]),
+        1,
+        2,
+    )
     return build.program(build.linear("l", tokens, 4, 5))
 
 
@@ -294,9 +327,13 @@ def test_lowering(name):
     build, operator, count = _LOWERINGS[name]
     _, qdq, lowered, _ = _frozen(build())
     ops = count_ops(lowered)
-    assert ops[operator] == count and not {n for n in ops if "dequantize" in n or n.startswith(("aten.conv", "aten.linear", "aten.matmul"))}
+    assert ops[operator] == count and not {
+        n for n in ops if "dequantize" in n or n.startswith(("aten.conv", "aten.linear", "aten.matmul"))
+    }
     reports = check_layers(qdq, lowered, inputs_for(qdq, batch=4))
-    assert len(reports) == count and all(r.accumulators_equal and r.error_over_bound <= 1 and not r.failure for r in reports)
+    assert len(reports) == count and all(
+        r.accumulators_equal and r.error_over_bound <= 1 and not r.failure for r in reports
+    )
     propagate_shapes(lowered)
     if count == 1:  # one layer: no code can flip on the way, so the whole output obeys the layer's bound
         inputs = inputs_for(qdq, batch=2, seed=7)
@@ -321,7 +358,11 @@ def test_the_zero_point_is_folded_into_the_bias():
 
 
 def test_the_truth_table_says_what_runs():
-    for (weight, act), executed, note in (((4, 8), "w4a8", ""), ((8, 16), "w8a16", ""), ((3, 6), "w4a8", "3/6-bit codes in 4/8-bit kernels")):
+    for (weight, act), executed, note in (
+        ((4, 8), "w4a8", ""),
+        ((8, 16), "w8a16", ""),
+        ((3, 6), "w4a8", "3/6-bit codes in 4/8-bit kernels"),
+    ):
         *_, lowered, _ = _frozen(_two_layers(weight, act))
         info = {i.name: i for n in lowered.graph_module.graph.nodes if (i := layer_of(n))}["b"]
         assert (info.executed, info.note) == (executed, note)

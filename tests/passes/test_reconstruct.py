@@ -23,7 +23,9 @@ def _program():
     program = build.program(build.conv("head", h, 8, 4))
     for node in program.graph_module.graph.nodes:
         if "layer" in node.meta:
-            node.meta["layer"] = type(node.meta["layer"])(node.meta["layer"].name, "conv2d", node.meta["layer"].weight_shape, "inner", 3, 6)
+            node.meta["layer"] = type(node.meta["layer"])(
+                node.meta["layer"].name, "conv2d", node.meta["layer"].weight_shape, "inner", 3, 6
+            )
     return program
 
 
@@ -39,7 +41,9 @@ def _reconstructed(**changes):
     ctx = Context(config, calibration=random_calibration(program, samples=48))
     # Calibration draws too: with its own seed, what differs between seeds comes from training alone.
     method = {"method": config.method}
-    calibrated = run_passes(program, [InsertQuant(), Calibrate()], Context(_config(**method), calibration=ctx.calibration))
+    calibrated = run_passes(
+        program, [InsertQuant(), Calibrate()], Context(_config(**method), calibration=ctx.calibration)
+    )
     after = run_passes(calibrated, [Reconstruct()], ctx)
     assert count_ops(after) == count_ops(calibrated)
     return program, after, ctx.stats["reconstruct"]["units"]
@@ -76,7 +80,9 @@ def test_learned_codes_are_floor_or_ceiling(learned):
         ratio = weight / quantizer.scale.reshape(-1, 1, 1, 1)
         codes = quantizer.integer_codes(weight).float()
         low, high = (f(ratio).clamp(-4, 3) for f in (torch.floor, lambda r: torch.floor(r) + 1))
-        assert bool(((codes == low) | (codes == high)).all()) and quantizer.alpha is None and quantizer.codes is not None
+        assert (
+            bool(((codes == low) | (codes == high)).all()) and quantizer.alpha is None and quantizer.codes is not None
+        )
         moved += int((codes != weight_codes(weight, quantizer.scale, quantizer.spec)).sum())
     assert moved > 20
 
@@ -101,7 +107,11 @@ def test_the_result_depends_on_the_seed_alone():
     runs = [_reconstructed(iters=15, seed=seed, qdrop=0.5) for seed in (0, 0, 1)]
     codes = [_codes(*run[:2]) for run in runs]
     scales = [[float(q.scale) for _, q in activation_quantizers(run[1])] for run in runs]
-    assert all(torch.equal(codes[0][n], codes[1][n]) for n in codes[0]) and scales[0] == scales[1] and runs[0][2] == runs[1][2]
+    assert (
+        all(torch.equal(codes[0][n], codes[1][n]) for n in codes[0])
+        and scales[0] == scales[1]
+        and runs[0][2] == runs[1][2]
+    )
     assert any(not torch.equal(codes[0][n], codes[2][n]) for n in codes[0])
 
 
@@ -115,11 +125,17 @@ def test_the_baseline_rounds_to_nearest(changes):
         assert torch.equal(quantizer.integer_codes(weight), weight_codes(weight, quantizer.scale, quantizer.spec))
 
 
-@pytest.mark.parametrize("changes", [{"layer_loss_weight": 0.0}, {"rounding_weight": 0.01}, {"qdrop": 0.5}, {"batch": 1}, {"max_layers": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"layer_loss_weight": 0.0}, {"rounding_weight": 0.01}, {"qdrop": 0.5}, {"batch": 1}, {"max_layers": 1}],
+    ids=str,
+)
 def test_every_variant_trains(changes):
     _, _, reports = _reconstructed(**{"iters": 40, **changes})
     first = reports[1]
-    assert all(r["after"] == r["after"] for r in reports) and (first["after"] < first["before"] or changes.get("batch") == 1)
+    assert all(r["after"] == r["after"] for r in reports) and (
+        first["after"] < first["before"] or changes.get("batch") == 1
+    )
 
 
 def test_streams_carry_the_float_and_the_quantized_prefix():

@@ -48,7 +48,9 @@ def test_rule_1_values_of_the_timestep_alone_become_tables():
 def test_all_projections_of_the_embedding_fold_without_conditions(plain):
     _, after, stats = _folded(plain)
     assert set(after.time.folded) == {"time.0", "time.2", "block1.emb", "block2.emb", "block3.emb"}
-    assert stats["tables"] == 3 and not [n for n in after.graph_module.graph.nodes if "emb" in str(n.target) or "time.0" in str(n.target)]
+    assert stats["tables"] == 3 and not [
+        n for n in after.graph_module.graph.nodes if "emb" in str(n.target) or "time.0" in str(n.target)
+    ]
 
 
 def test_rows_equal_the_path_at_every_key(plain):

@@ -22,7 +22,9 @@ def test_names_are_those_of_the_source():
     program = captured(model)
     constants = {str(n.target) for n in program.graph_module.graph.nodes if n.op == "get_attr"}
     assert set(dict(model.named_parameters())) <= constants
-    conv = next(n for n in program.graph_module.graph.nodes if n.op == "call_function" and "block1.conv1" in n.meta["scope"])
+    conv = next(
+        n for n in program.graph_module.graph.nodes if n.op == "call_function" and "block1.conv1" in n.meta["scope"]
+    )
     assert conv.meta["scope"] == ("block1", "block1.conv1")
 
 
@@ -38,7 +40,10 @@ class _FixedBatch(nn.Module):
 def test_a_model_with_a_fixed_batch_says_so_and_still_runs_any_batch():
     model = _FixedBatch()
     program = captured(model)
-    assert (program.signature.min_batch, program.signature.max_batch) == (2, 2) and "batch fixed at 2" in program.signature.source
+    assert (program.signature.min_batch, program.signature.max_batch) == (
+        2,
+        2,
+    ) and "batch fixed at 2" in program.signature.source
     inputs = inputs_for(program, 5)
     with torch.no_grad():
         expected = torch.cat([model(inputs[0][[i, i]], inputs[1][[i, i]])[:1] for i in range(5)])

@@ -24,7 +24,9 @@ def test_every_code_survives_a_round_trip():
     for spec, zero in ((act_spec(8), -37.0), (act_spec(4), 3.0), (act_spec(16), 0.0)):
         codes = torch.arange(spec.qmin, spec.qmax + 1, dtype=torch.float32)
         scale, zero_point = torch.tensor([0.037]), torch.tensor([zero])
-        assert torch.equal(quantize(dequantize(codes, scale, zero_point), scale, zero_point, spec.qmin, spec.qmax), codes)
+        assert torch.equal(
+            quantize(dequantize(codes, scale, zero_point), scale, zero_point, spec.qmin, spec.qmax), codes
+        )
 
 
 def test_every_sixteen_bit_code_splits_exactly():

@@ -13,7 +13,12 @@ def _error(x, scale, zero, spec):
 
 
 @settings(max_examples=80, deadline=None)
-@given(low=st.floats(-1e4, 1e4, width=32), width=st.floats(0, 1e4, width=32), bits=st.sampled_from([2, 4, 8, 16]), symmetric=st.booleans())
+@given(
+    low=st.floats(-1e4, 1e4, width=32),
+    width=st.floats(0, 1e4, width=32),
+    bits=st.sampled_from([2, 4, 8, 16]),
+    symmetric=st.booleans(),
+)
 def test_zero_is_always_represented_exactly(low, width, bits, symmetric):
     spec = act_spec(bits, symmetric)
     scale, zero = affine_from_range(torch.tensor([low]), torch.tensor([low + width]), spec)

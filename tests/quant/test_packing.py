@@ -44,7 +44,27 @@ def test_the_int4_layout_never_changes():
     # 34 codes: one full block of 32 (byte j holds code j low, code j + 16 high) and one padded with zeros.
     codes = torch.tensor([[((7 * k) % 16) - 8 for k in range(34)]], dtype=torch.int8)
     assert packing.pack(codes, 4).tolist() == [
-        [0x88, 0xFF, 0x66, 0xDD, 0x44, 0xBB, 0x22, 0x99, 0x00, 0x77, 0xEE, 0x55, 0xCC, 0x33, 0xAA, 0x11, 0x08, 0x0F, *[0] * 14]
+        [
+            0x88,
+            0xFF,
+            0x66,
+            0xDD,
+            0x44,
+            0xBB,
+            0x22,
+            0x99,
+            0x00,
+            0x77,
+            0xEE,
+            0x55,
+            0xCC,
+            0x33,
+            0xAA,
+            0x11,
+            0x08,
+            0x0F,
+            *[0] * 14,
+        ]
     ]
     distinct = torch.arange(32, dtype=torch.int32)
     low_high = torch.where(distinct < 16, distinct % 8, -1 - distinct % 8).to(torch.int8)[None]

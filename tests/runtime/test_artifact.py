@@ -33,7 +33,10 @@ def _forged(path: Path, manifest, tensors) -> Path:
     if isinstance(manifest, dict) and isinstance(manifest.get("tensors"), dict):
         manifest["tensors"]["sha256"] = digest(dict(sorted(tensors.items())))
     text = manifest if isinstance(manifest, str) else json.dumps(manifest)
-    return _write(path, save(dict(sorted(tensors.items())), metadata={"edadm": f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}))
+    return _write(
+        path,
+        save(dict(sorted(tensors.items())), metadata={"edadm": f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}),
+    )
 
 
 def test_a_file_holds_the_programs_exactly(artifact, data, tmp_path):
@@ -50,7 +53,10 @@ def test_a_file_holds_the_programs_exactly(artifact, data, tmp_path):
             if node.op == "get_attr":
                 a, b = (get_constant(p.graph_module, str(node.target)) for p in (ours, theirs))
                 assert a.dtype == b.dtype and torch.equal(a, b)
-    assert found.manifest["config"] == json.loads(json.dumps(artifact.manifest["config"])) and found.manifest["format"] == FORMAT
+    assert (
+        found.manifest["config"] == json.loads(json.dumps(artifact.manifest["config"]))
+        and found.manifest["format"] == FORMAT
+    )
 
 
 def test_the_same_artifact_gives_the_same_bytes(artifact, data, tmp_path):
@@ -69,7 +75,9 @@ def test_writing_leaves_nothing_else_behind(artifact, data, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.qmod"] and (tmp_path / "a.qmod").read_bytes() == data
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "ctrl-c"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk full", "ctrl-c"]
+)
 def test_a_failed_write_leaves_the_old_file(artifact, tmp_path, monkeypatch, error):
     path = _write(tmp_path / "a.qmod", b"old")
 
@@ -254,7 +262,10 @@ def _silent_float_layer(manifest, tensors):
 
 
 _CHANGES = {
-    **{f"no {key}": _drop_key(key) for key in ("signature", "sampler", "programs", "layers", "time", "tensors", "notes")},
+    **{
+        f"no {key}": _drop_key(key)
+        for key in ("signature", "sampler", "programs", "layers", "time", "tensors", "notes")
+    },
     "no lowered program": _drop_key("programs", "lowered"),
     "no qdq program": _drop_key("programs", "qdq"),
     "no inputs": _put([], "signature", "inputs"),
@@ -284,7 +295,9 @@ _CHANGES = {
     "time without tables": _drop_key("time", "tables"),
     "unknown table": _put(["time_99"], "time", "tables"),
     "path is a number": _put(3, "time", "path"),
-    "path calls integers": _put([["p", "t", []], ["f", "edadm.qlinear.default", ["%0"]], ["o", "output", [["%1"]]]], "time", "path"),
+    "path calls integers": _put(
+        [["p", "t", []], ["f", "edadm.qlinear.default", ["%0"]], ["o", "output", [["%1"]]]], "time", "path"
+    ),
     "path with two inputs": _put([["p", "t", []], ["p", "u", []], ["o", "output", [["%1"]]]], "time", "path"),
     "path computes too little": _put([["p", "t", []], ["o", "output", [["%0"]]]], "time", "path"),
     "other operator": _swap_operator,
@@ -320,7 +333,8 @@ def test_exchanged_tensors_are_noticed(parts, tmp_path):
     text = json.dumps(manifest)
     assert json.loads(text)["tensors"]["sha256"] == recorded
     path = _write(
-        tmp_path / "a.qmod", save(dict(sorted(tensors.items())), metadata={"edadm": f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"})
+        tmp_path / "a.qmod",
+        save(dict(sorted(tensors.items())), metadata={"edadm": f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"}),
     )
     with pytest.raises(ArtifactError, match="do not match their checksum"):
         read(path)

@@ -8,13 +8,22 @@ from hypothesis import strategies as st
 
 from edadm_compile.errors import ArtifactError
 from edadm_compile.ir.program import get_constant, layers
-from edadm_compile.runtime.program_json import MAX_DEPTH, _decode, _encode, graph_from_json, graph_to_json, layers_from_json
+from edadm_compile.runtime.program_json import (
+    MAX_DEPTH,
+    _decode,
+    _encode,
+    graph_from_json,
+    graph_to_json,
+    layers_from_json,
+)
 from tests.graphs import GraphBuilder, assert_same_function, inputs_for
 
 
 def _reload(program, dialect=None):
     records = json.loads(json.dumps(graph_to_json(program.graph_module.graph, [i.name for i in layers(program)])))
-    module = graph_from_json(records, lambda name: get_constant(program.graph_module, name), dialect or program.dialect, layers(program))
+    module = graph_from_json(
+        records, lambda name: get_constant(program.graph_module, name), dialect or program.dialect, layers(program)
+    )
     return records, module
 
 
@@ -25,14 +34,22 @@ def test_a_graph_survives_json(compiled):
         inputs = program.graph_inputs(inputs_for(program))
         with torch.no_grad():
             assert torch.equal(module(*inputs), program.graph_module(*inputs))
-        assert [n.meta.get("layer") for n in module.graph.nodes] == [n.meta.get("layer") for n in program.graph_module.graph.nodes]
+        assert [n.meta.get("layer") for n in module.graph.nodes] == [
+            n.meta.get("layer") for n in program.graph_module.graph.nodes
+        ]
 
 
 def test_every_kind_of_argument_survives():
     build = GraphBuilder(x=(4, 6, 6))
     y = build.op("aten.clamp.default", build.x, -math.inf, 0.75)
     y = build.op("aten._to_copy.default", y, dtype=torch.float64)
-    y = build.op("aten._to_copy.default", y, dtype=torch.float32, memory_format=torch.contiguous_format, device=torch.device("cpu"))
+    y = build.op(
+        "aten._to_copy.default",
+        y,
+        dtype=torch.float32,
+        memory_format=torch.contiguous_format,
+        device=torch.device("cpu"),
+    )
     y = build.op("aten.index.Tensor", y, [None, None, build.constant("rows", torch.tensor([1, 0, 3]))])
     y = build.op("aten.gelu.default", y, approximate="tanh")
     y = build.op("aten.mean.dim", y, [2], True)
@@ -52,7 +69,9 @@ _LEAVES = st.one_of(
     st.sampled_from([torch.float32, torch.int8, torch.bool]),
 )  # fmt: skip
 _PLAIN = st.recursive(
-    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.builds(slice, st.integers(0, 9), st.integers(0, 9), st.none()), max_leaves=6
+    _LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.builds(slice, st.integers(0, 9), st.integers(0, 9), st.none()),
+    max_leaves=6,
 )
 
 
@@ -133,7 +152,12 @@ def test_names_never_become_code(place, tmp_path):
     elif place == "constant":
         records.insert(0, ["a", f"a.{code}", []])
     else:  # text is quoted: harmless
-        records[1] = ["f", "aten.gelu.default", ["%0"], {"approximate": f"none') or __import__('pathlib').Path({str(flag)!r}).touch() or ('"}]
+        records[1] = [
+            "f",
+            "aten.gelu.default",
+            ["%0"],
+            {"approximate": f"none') or __import__('pathlib').Path({str(flag)!r}).touch() or ('"},
+        ]
     try:
         graph_from_json(records, lambda name: torch.ones(1), "float")(torch.ones(2))
         executed = True

@@ -36,13 +36,17 @@ def test_a_loaded_file_is_called_like_its_source(artifact, inputs, tmp_path):
     assert model.sampler.steps == 4 and [s.name for s in model.signature.inputs] == ["x", "t", "label"]
 
 
-@pytest.mark.parametrize("t", [50, 50.0, torch.tensor(50), torch.tensor([50]), torch.tensor([50, 50, 50]), torch.tensor([50.0] * 3)], ids=str)
+@pytest.mark.parametrize(
+    "t", [50, 50.0, torch.tensor(50), torch.tensor([50]), torch.tensor([50, 50, 50]), torch.tensor([50.0] * 3)], ids=str
+)
 def test_timesteps_may_be_scalars(model, inputs, t):
     assert torch.equal(model(inputs[0], t, inputs[2]), model(inputs[0], torch.full((3,), 50), inputs[2]))
 
 
 def test_diffusers_models_return_their_output_object(artifact, inputs):
-    lowered = dataclasses.replace(artifact.lowered, signature=dataclasses.replace(artifact.lowered.signature, output="sample"))
+    lowered = dataclasses.replace(
+        artifact.lowered, signature=dataclasses.replace(artifact.lowered.signature, output="sample")
+    )
     model = from_artifact(dataclasses.replace(artifact, lowered=lowered))
     plain = model.predict(*inputs)
     found = model(*inputs)
@@ -87,7 +91,9 @@ def test_wrong_keywords_are_explained(model, inputs):
 def test_large_batches_are_sliced(artifact, limit):
     inputs = inputs_for(artifact.lowered, batch=7)
     whole = from_artifact(artifact).predict(*inputs)
-    lowered = dataclasses.replace(artifact.lowered, signature=dataclasses.replace(artifact.lowered.signature, max_batch=limit))
+    lowered = dataclasses.replace(
+        artifact.lowered, signature=dataclasses.replace(artifact.lowered.signature, max_batch=limit)
+    )
     sliced = from_artifact(dataclasses.replace(artifact, lowered=lowered)).predict(*inputs)
     # A code on a rounding tie may flip between batch sizes in float layers; everything else is the same integer arithmetic.
     assert sliced.shape == whole.shape

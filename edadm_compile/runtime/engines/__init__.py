@@ -29,5 +29,7 @@ def make_engine(name: str, device: str, artifact: Artifact) -> Engine:
     if name not in ENGINES:
         raise InputError(f"engine: got {name!r}, allowed {', '.join(ENGINES)}")
     if device != "cpu":
-        raise InputError(f"device: got {device!r}; this version runs compiled programs on 'cpu' only (no CUDA engine yet)")
+        raise InputError(
+            f"device: got {device!r}; this version runs compiled programs on 'cpu' only (no CUDA engine yet)"
+        )
     return ReferenceEngine(artifact.lowered)
