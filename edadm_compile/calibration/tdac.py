@@ -38,7 +38,7 @@ def score(features: list[Tensor], config: TdacConfig) -> tuple[Tensor, Tensor, f
     Both are scaled to [0, 1] over the steps.
 
     Args:
-        features: T float tensors [B, C, h, w] (or [B, N, C] tokens) of one batch of trajectories.
+        features: T float tensors [B, C, h, w] of one batch of trajectories.
 
     Returns:
         (density float64 [T], diversity float64 [T], radius).
