@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from torch import Tensor
 from edadm_compile.calibration.sampler import draw_conditions, draw_noise, read_scheduler
 from edadm_compile.calibration.sampler import sample as run_sampler
 from edadm_compile.driver.options import load_options
-from edadm_compile.errors import ArtifactError, InputError
+from edadm_compile.errors import InputError
 from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.frontend import load_source
 from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.report.tables import console
+from edadm_compile.runtime.artifact import write_atomically
 from edadm_compile.runtime.session import CompiledModel, load
 
 _BATCH = 64
@@ -130,14 +130,7 @@ def write_grid(rows: list[Tensor], path: Path, columns: int, zoom: int = 3) -> N
     image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, buffer.getvalue())
 
 
 def print_result(result: dict[str, Any]) -> None:

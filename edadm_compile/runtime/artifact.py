@@ -85,12 +85,22 @@ def to_bytes(artifact: Artifact) -> bytes:
 
 
 def write(artifact: Artifact, path: Path) -> int:
-    """Write atomically (temporary file, fsync, rename); returns the size in bytes.
+    """Serialise and write atomically; returns the size in bytes.
 
     Raises:
         ArtifactError: the file cannot be written; an older file of that name is untouched.
     """
     data = to_bytes(artifact)
+    write_atomically(path, data)
+    return len(data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: temporary file beside it, fsync, rename.
+
+    Raises:
+        ArtifactError: the file cannot be written; an older file of that name is untouched.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -102,7 +112,6 @@ def write(artifact: Artifact, path: Path) -> int:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return len(data)
 
 
 def read(path: Path) -> Artifact:
