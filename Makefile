@@ -32,8 +32,9 @@ demo: venv
 	$(BIN)/edadm-compile verify unet.qmod --reference $(MODEL)
 	$(BIN)/edadm-compile sample unet.qmod -n 40 --reference $(MODEL) -o digits.png
 
+# One thread: the tests run thousands of tiny operators, which OpenMP only slows down.
 test: venv
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: venv
 	$(BIN)/ruff check .
