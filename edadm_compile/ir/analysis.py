@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edadm_compile.ir.ops import LAYER_OPS, op_name
 from edadm_compile.ir.program import Program, get_constant
@@ -107,11 +107,6 @@ def _fake_run(program: Program, batch: int) -> dict[fx.Node, Any]:
         recorder = _Recorder(program.graph_module)
         recorder.run(*values)
     return dict(recorder.env)
-
-
-def as_fake(value: Any) -> bool:
-    """Whether a value is a fake tensor (has shape, no data)."""
-    return isinstance(value, FakeTensor)
 
 
 def topological(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import propagate_shapes
-from edadm_compile.ir.program import LayerInfo, Program, child_name, get_constant, layer_of, set_constant
+from edadm_compile.ir.program import Program, child_name, get_constant, layer_of, set_constant
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.passes.calibrate import activation_quantizers, weight_quantizers
 from edadm_compile.quant import packing
@@ -78,8 +78,3 @@ def _replace(node: fx.Node, value: fx.Node) -> None:
     value.meta = {k: v for k, v in node.meta.items() if k in ("scope", "shape", "batched")}
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
-
-
-def requested(info: LayerInfo) -> str:
-    """Requested widths of a layer, such as "w4a8", or "float"."""
-    return "float" if info.weight_bits == 32 else f"w{info.weight_bits}a{info.act_bits}"

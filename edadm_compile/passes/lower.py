@@ -57,7 +57,7 @@ class Lower:
 def _lower_layer(program: Program, node: fx.Node, info: LayerInfo) -> tuple[str, str]:
     """Lower one layer; returns what is executed and the note."""
     rules: dict[str, Callable[..., Any]] = {
-        "conv2d": _conv2d, "conv_transpose2d": _conv_transpose2d, "linear": _linear, "matmul": _matmul,
+        "conv2d": _conv2d, "conv_transpose2d": _conv_transpose2d, "linear": _linear,
     }  # fmt: skip
     if info.kind == "matmul":
         _matmul(program, node, info)

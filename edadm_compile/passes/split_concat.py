@@ -69,7 +69,6 @@ def _split(program: Program, node: fx.Node, cat: fx.Node) -> None:
     assert target is not None
     weight = get_constant(module, target)
     sources: Sequence[Any] = cat.args[0]  # type: ignore[assignment]
-    axis = 1 if weight.dim() == 4 else -1
     dim = 1 if weight.dim() == 4 else len(shape_of(cat)) - 1
     pieces = weight.split([shape_of(s)[dim] for s in sources], dim=1)
     base = target.removesuffix("weight").rstrip(".")
@@ -89,6 +88,6 @@ def _split(program: Program, node: fx.Node, cat: fx.Node) -> None:
             else:
                 total = graph.call_function(aten.add.Tensor, (total, part))
                 total.meta = {"scope": node.meta.get("scope", ()), "split_sum": True}
-    assert total is not None and axis
+    assert total is not None
     node.replace_all_uses_with(total)
     graph.erase_node(node)
