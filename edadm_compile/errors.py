@@ -9,7 +9,8 @@
     ├── DialectError          a pass produced a graph that its dialect does not allow (a bug in a pass)
     ├── CalibrationError      calibration data that cannot be used (not finite, wrong shape)
     ├── ArtifactError         a .qmod file that is truncated, altered, foreign or of an unknown version
-    └── ContractError         integer execution and simulated quantization disagree (``verify`` failed)
+    ├── ContractError         integer execution and simulated quantization disagree (``verify`` failed)
+    └── TargetError           a GPU without code in the file, or a missing tool to make or run it
 
 Messages say what happened, where, what was found, what is allowed and what to do next.
 """
@@ -61,3 +62,9 @@ class ContractError(EdadmError):
     """Integer execution does not match the simulated quantization it was compiled from."""
 
     exit_code = 7
+
+
+class TargetError(EdadmError):
+    """There is no code for a device, or the tool that would make or run it is missing or failed."""
+
+    exit_code = 8

@@ -1,3 +1,10 @@
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # must be decided before anything imports Triton: kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 
 from edadm_compile.driver.compile import to_artifact

@@ -77,7 +77,7 @@ def propagate_shapes(program: Program) -> None:
     """Record ``shape``, ``dtype`` and ``batched`` of every node, without computing anything (fake tensors)."""
     lowest = program.signature.min_batch
     sizes = (lowest, lowest) if lowest == program.signature.max_batch else (2, 3)
-    runs = [_fake_run(program, size) for size in sizes]
+    runs = [fake_values(program, size) for size in sizes]
     for node in program.graph_module.graph.nodes:
         first, second = runs[0].get(node), runs[1].get(node)
         if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
@@ -96,7 +96,8 @@ class _Recorder(fx.Interpreter):
         self.extra_traceback = False
 
 
-def _fake_run(program: Program, batch: int) -> dict[fx.Node, Any]:
+def fake_values(program: Program, batch: int) -> dict[fx.Node, Any]:
+    """Value of every node at a batch size: fake tensors (shapes and types only), and plain values such as sizes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         values = [torch.empty((batch, *spec.shape), dtype=spec.dtype) for spec in program.signature.inputs]

@@ -3,7 +3,8 @@
 Importing this module registers the schemas; `edadm_compile.kernels.reference` gives them their meaning on the CPU.
 Common arguments: ``x_q`` are activation codes (int8, or int16 for 16 bits), ``w_q`` a packed weight
 (`edadm_compile.quant.packing`), ``shape`` its logical shape, ``multiplier`` float32 [O] = s_x * s_w,
-``bias`` float32 [O] with the zero-point term folded in, ``pad_value`` the code that means zero.
+``bias`` float32 [O] with the zero-point term folded in, ``pad_value`` the code that means zero, ``padding`` [h, w] or
+[top, bottom, left, right].
 """
 
 from __future__ import annotations
@@ -67,9 +68,8 @@ def _qconv2d(
     padding: Sequence[int], dilation: Sequence[int], groups: int, bits: int, shape: Sequence[int],
 ) -> Tensor:  # fmt: skip
     _check_layer(x_q.shape[1] // groups, w_q, multiplier, bias, bits, shape)
-    size = [
-        (x_q.shape[2 + i] + 2 * padding[i] - dilation[i] * (shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
+    sides = (sum(padding[:2]), sum(padding[2:])) if len(padding) == 4 else (2 * padding[0], 2 * padding[1])
+    size = [(x_q.shape[2 + i] + sides[i] - dilation[i] * (shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(2)]
     return multiplier.new_empty((x_q.shape[0], shape[0], *size))
 
 

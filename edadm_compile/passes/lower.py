@@ -27,6 +27,8 @@ class Lower:
     2. conv_transpose2d of the same → edadm::qconv_transpose2d
     3. linear of the same → edadm::qlinear
     4. matmul(dequantize(a_q), dequantize(b_q)) → edadm::qmatmul(a_q, b_q, s_a * s_b)
+    5. group_norm(x) → group_norm(contiguous(x)): torch adds in another order for other memory formats, and the result
+       that defines what is right must not depend on how x happens to lie in memory
 
     b' = b - s_x * s_w * z * sum(w): the zero point leaves the inner loop because padding has the code z.
     Every layer that stays float keeps the reason it was given.
@@ -49,9 +51,18 @@ class Lower:
                 executed, note = _lower_layer(program, node, info)
             node.meta["layer"] = replace(info, executed=executed, note=note)
             counts[executed] = counts.get(executed, 0) + 1
+        _fix_order_of_sums(program.graph_module.graph)
         program = finish(replace(program, dialect="lowered")).fork()
         propagate_shapes(program)
         return PassResult(program, True, {"executed": counts})
+
+
+def _fix_order_of_sums(graph: fx.Graph) -> None:
+    """Rule 5."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and op_name(node.target) == "aten.group_norm.default":
+            with graph.inserting_before(node):
+                node.args = (graph.call_function(torch.ops.aten.contiguous.default, (node.args[0],)), *node.args[1:])
 
 
 def _lower_layer(program: Program, node: fx.Node, info: LayerInfo) -> tuple[str, str]:

@@ -1,0 +1,1 @@
+"""From the lowered program to launch plans: rewrites, grouping into kernels, memory, tiles."""
