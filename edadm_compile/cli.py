@@ -91,6 +91,26 @@ def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say which GPU code goes into a file."""
+    for option in (
+        click.option(
+            "--store",
+            type=click.Choice(["float16", "bfloat16", "float32"]),
+            help="Type of values between integer kernels.",
+        ),
+        click.option("--batch", metavar="N,N", help="Batch sizes to make GPU code for (default 1,8)."),
+        click.option(
+            "--targets",
+            metavar="sm_NN,...",
+            help="GPU architectures: sm_80, sm_86, sm_89, sm_90, sm_100, sm_120; all; none. Default: the GPU present, "
+            "else sm_80,sm_89,sm_90.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 @click.group(cls=DefaultCompile, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_VERSION, prog_name="edadm-compile")
 def main() -> None:
@@ -123,6 +143,7 @@ def main() -> None:
 @click.option(
     "--config", "config_file", type=_file, metavar="FILE.toml", help="Settings file; options on the command line win."
 )
+@device_options
 @source_options
 @click.option("--dump-graphs", type=_file, metavar="DIR", help="Write the graph after each pass.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
@@ -137,6 +158,9 @@ def compile(
     device: str,
     config_file: Path | None,
     dump_graphs: Path | None,
+    targets: str | None,
+    batch: str | None,
+    store: str | None,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -144,6 +168,7 @@ def compile(
     MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
     """
     from edadm_compile.driver import compile as driver
+    from edadm_compile.driver import device_code
     from edadm_compile.report import progress as bars
     from edadm_compile.report import tables
 
@@ -154,6 +179,7 @@ def compile(
         config_file=config_file,
         dump=dump_graphs,
         options=options,
+        device_code=device_code.options_of(targets, batch, store),
     )
     with bars.reporter(quiet or as_json) as progress:
         summary = driver.run(request, progress)
@@ -178,6 +204,37 @@ def inspect(artifact: Path, as_json: bool) -> None:
         click.echo(json.dumps(report, indent=2))
     else:
         tables.print_inspect(report)
+
+
+@main.command()
+@click.argument("artifact", type=_file)
+@click.option("-o", "--output", type=_file, help="File to write (default: replace ARTIFACT).")
+@device_options
+@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+@_json
+@_debug
+@guarded
+def target(
+    artifact: Path,
+    output: Path | None,
+    targets: str | None,
+    batch: str | None,
+    store: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Make GPU code for ARTIFACT, in place of what it holds; nothing is quantized again."""
+    from edadm_compile.driver import device_code as driver
+    from edadm_compile.report import progress as bars
+    from edadm_compile.report import tables
+
+    wanted = driver.options_of(targets, batch, store)
+    with bars.reporter(quiet or as_json) as progress:
+        result = driver.retarget(artifact, output or artifact, wanted, progress)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    elif not quiet:
+        tables.print_device(result["device"])
 
 
 @main.command()

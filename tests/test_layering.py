@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "edadm_compile"
 RANK = {
-    "errors": 0, "quant": 1, "config": 2, "ir": 2, "kernels": 3, "calibration": 3, "passes": 4, "runtime": 4, "evaluate": 4,
+    "errors": 0, "quant": 1, "config": 2, "ir": 2, "kernels": 3, "calibration": 3, "lowering": 4, "passes": 4, "runtime": 4, "evaluate": 4,
     "report": 5, "frontend": 5, "pipeline": 6, "driver": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 #: Third-party packages that only some parts may use; everything may use torch.

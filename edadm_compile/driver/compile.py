@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ from torch import nn
 
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
+from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, describe
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import Program, SamplerSpec
-from edadm_compile.passes.base import Progress
+from edadm_compile.kernels.cubin import Bundle
+from edadm_compile.kernels.request import triton_folder, triton_version
+from edadm_compile.kernels.targets import parse_targets
+from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import totals, truth_table
 from edadm_compile.runtime.artifact import Artifact, write
@@ -33,6 +39,7 @@ class Request:
         config_file: TOML or JSON settings.
         dump: folder for the graph after each pass.
         options: command-line options by name, None where not given.
+        device_code: GPU code to make; None for none.
     """
 
     model: Path
@@ -41,6 +48,7 @@ class Request:
     config_file: Path | None
     dump: Path | None
     options: dict[str, Any]
+    device_code: DeviceOptions | None = None
 
 
 def run(request: Request, progress: Progress) -> dict[str, Any]:
@@ -54,9 +62,14 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     _check_writable(request.output)
     config = make_config(request.options, request.config_file)
     source = load_source(request.model, load_options(request.options))
+    if request.device_code is not None and request.device_code.targets:
+        triton_folder()  # fail before the work, not after it
     result = compile_source(source, config, progress, dump=_dumper(request.dump))
-    size = write(to_artifact(result), request.output)
-    return summary(result, source, request.output, size)
+    start = time.perf_counter()
+    bundle = None if request.device_code is None else build(result.lowered, request.device_code, progress)
+    result.seconds["kernels"] = time.perf_counter() - start
+    size = write(to_artifact(result, bundle), request.output)
+    return {**summary(result, source, request.output, size), "device": describe(bundle)}
 
 
 def compile_model(
@@ -65,6 +78,8 @@ def compile_model(
     *,
     output: str | Path | None = None,
     sampler: SamplerSpec | None = None,
+    targets: str | None = "none",
+    batches: Sequence[int] = DEFAULT_BATCHES,
     progress: Progress | None = None,
     **options: Any,
 ) -> CompileResult:
@@ -74,6 +89,8 @@ def compile_model(
         config: settings, default W4A8.
         output: ``.qmod`` file to write.
         sampler: needed for a bare module.
+        targets: architectures to put GPU code for into `output`, as ``--targets``; None for the default ones.
+        batches: batch sizes of that code.
         progress: receives stages and steps.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
             `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed).
@@ -93,7 +110,8 @@ def compile_model(
         source = load_source(Path(model), LoadOptions(**options))
     result = compile_source(source, config or QuantConfig(), progress)
     if output is not None:
-        write(to_artifact(result), Path(output))
+        device_code = DeviceOptions(parse_targets(targets), tuple(batches))
+        write(to_artifact(result, build(result.lowered, device_code, progress or Silent())), Path(output))
     return result
 
 
@@ -123,7 +141,7 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
     return from_dict(values, str(config_file) if config_file else "command line")
 
 
-def to_artifact(result: CompileResult) -> Artifact:
+def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact:
     """What goes into the file: programs, settings, provenance and quality; no times, so that bytes are reproducible."""
     quality = None if result.quality is None else _finite(dataclasses.asdict(result.quality))
     manifest = {
@@ -133,9 +151,13 @@ def to_artifact(result: CompileResult) -> Artifact:
         "allocation": result.allocation,
         "units": result.stats.get("reconstruct", {}).get("units", []),
         "average_bits": result.stats["assign_widths"]["average_bits"],
-        "versions": {"edadm_compile": edadm_compile.__version__, "torch": torch.__version__},
+        "versions": {
+            "edadm_compile": edadm_compile.__version__,
+            "torch": torch.__version__,
+            **({"triton": triton_version()} if device is not None else {}),
+        },
     }
-    return Artifact(result.qdq, result.lowered, manifest)
+    return Artifact(result.qdq, result.lowered, manifest, device)
 
 
 def summary(result: CompileResult, source: Source, output: Path, size: int) -> dict[str, Any]:

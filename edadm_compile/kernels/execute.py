@@ -38,7 +38,9 @@ def interpreted(launch: Launch, tensors: dict[str, Tensor]) -> None:
     found.function()[found.grid(values)](*pointers, *scalars, **named)
 
 
-def run(memory: Memory, inputs: Sequence[Tensor], backend: Backend = reference, check_lifetimes: bool = False) -> Tensor:
+def run(
+    memory: Memory, inputs: Sequence[Tensor], backend: Backend = reference, check_lifetimes: bool = False
+) -> Tensor:
     """Execute every launch in order.
 
     Args:

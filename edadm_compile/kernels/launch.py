@@ -16,6 +16,9 @@ import torch
 #: A value compiled into a kernel.
 Constant = int | float | bool
 
+#: Name of the input that holds this step's rows of all time tables, float32 [B, values].
+TIME_TABLES = "time tables"
+
 #: Bytes every buffer starts at a multiple of (vector loads and tensor maps need 128).
 ALIGNMENT = 256
 

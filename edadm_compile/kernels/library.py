@@ -22,6 +22,8 @@ def encode(value: Any, operands: dict[str, Any]) -> Any:
     """Arguments of an operator as plain values: operands become ``{"role": name}`` and are added to `operands`."""
     if isinstance(value, (list, tuple)):
         return [encode(v, operands) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if hasattr(value, "space"):
@@ -37,6 +39,8 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Inverse of `encode`."""
     if isinstance(value, (list, tuple)):
         return [decode(v, tensors) for v in value]
+    if isinstance(value, dict) and "float" in value:
+        return float(value["float"])
     if isinstance(value, dict):
         return tensors[value["role"]] if "role" in value else getattr(torch, value["dtype"])
     return value
@@ -58,7 +62,7 @@ def run(launch: Launch, tensors: Mapping[str, Tensor]) -> None:
     function = _OVERRIDES.get(name) or resolve(name)
     result = function(*decode(args, inputs), **{k: decode(v, inputs) for k, v in kwargs.items()})
     if isinstance(result, (tuple, list)):
-        result = result[launch.constants["result"]]
+        result = result[int(launch.constants["result"])]
     tensors["out"].copy_(result)
 
 
@@ -115,5 +119,3 @@ _OVERRIDES: dict[str, Callable[..., Any]] = {
     "edadm.qmatmul.default": reference._qmatmul,
     "aten.upsample_nearest2d.vec": _nearest,
 }
-
-

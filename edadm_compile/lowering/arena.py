@@ -9,7 +9,9 @@ from edadm_compile.kernels.launch import ALIGNMENT, Buffer, Launch
 from edadm_compile.lowering.layout import round_up
 
 
-def lifetimes(launches: Sequence[Launch], sizes: Sequence[int], names: Sequence[str], conditioning: int) -> list[Buffer]:
+def lifetimes(
+    launches: Sequence[Launch], sizes: Sequence[int], names: Sequence[str], conditioning: int
+) -> list[Buffer]:
     """When each buffer is written first and read last; buffers nobody uses get size 0.
 
     What the first `conditioning` launches write and a later one reads stays alive for good: those launches do not run

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from edadm_compile.kernels.launch import ConstantSpec, Launch, Operand
+from edadm_compile.kernels import tiles
+from edadm_compile.kernels.launch import ConstantSpec, Launch, Operand, Tile
 from edadm_compile.lowering.layout import contiguous
 
 
@@ -23,14 +24,18 @@ class Target:
         batch: batch size.
         store: element type of intermediates that are not codes.
         exact: IEEE division and exact activations, for bit comparisons.
-        library_attention: head dimensions and lengths are measured faster in the library: use it.
+        tiles: measured tiles by shape, before the built-in choice (see `edadm_compile.kernels.tiles`).
+        library_attention: torch computes attention instead of the fused kernel.
+        float_layers: layers that run in the store type because that was measured faster.
     """
 
     arch: str
     batch: int
     store: torch.dtype = torch.float16
     exact: bool = False
+    tiles: Mapping[str, Tile] = field(default_factory=dict)
     library_attention: bool = False
+    float_layers: tuple[str, ...] = ()
 
 
 @dataclass
@@ -75,6 +80,10 @@ class Builder:
     def parameter(self, target: str, shape: Sequence[int], dtype: torch.dtype) -> Operand:
         """A tensor of the program as it is, in the given type."""
         return self.constant((target,), "cast", shape, dtype, dtype=str(dtype).removeprefix("torch."))
+
+    def tile(self, kernel: str, values: Mapping[str, Any]) -> Tile:
+        """The tile of a launch with these constants and scalars."""
+        return tiles.choose(kernel, values, self.target.arch, self.target.tiles)
 
     def launch(self, launch: Launch) -> None:
         """Append a launch."""

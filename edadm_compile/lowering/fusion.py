@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx
 
 from edadm_compile.ir.ops import op_name
@@ -31,6 +32,9 @@ _HALVES = ("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.def
 def absorb(planner: Planner, node: fx.Node) -> bool:
     """Take `node` into an open group if a rule matches."""
     name = op_name(node.target)
+    value = node.meta["val"]
+    if isinstance(value, Tensor) and value.dtype != torch.float32:
+        return False  # the model computes in a type of its own here, the kernels in float32
     if name in _ADD and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args[:2]):
         a, b = node.args[:2]
         pairs = sorted(((a, b), (b, a)), key=lambda p: -_age(planner, p[0]))  # the group opened last stays open
@@ -52,7 +56,7 @@ def sole_group(planner: Planner, value: Any, reader: fx.Node) -> Group | None:
     operand = planner.values.get(value)
     if not isinstance(operand, Operand) or operand.space != "arena":
         return None
-    group = planner.open.get(operand.key)  # type: ignore[arg-type]
+    group = planner.open.get(operand.key)
     node = value
     while group is not None and node is not group.tail:
         if len(node.users) != 1 or not isinstance(node.args[0], fx.Node):
@@ -84,7 +88,7 @@ def _two_sources(planner: Planner, node: fx.Node, a: Any, b: Any) -> bool:
     )  # fmt: skip
     if not fits:
         return False
-    planner.open.pop(second.out.key)  # type: ignore[call-overload]
+    planner.open.pop(second.out.key)
     first.anchors += second.anchors
     first.names += second.names
     return _take(planner, first, node, first.out)
@@ -153,7 +157,12 @@ def _activation(planner: Planner, node: fx.Node) -> bool:
 def _gate(planner: Planner, node: fx.Node) -> bool:
     """Rule 5, on the operator that halves the channels."""
     group = sole_group(planner, node.args[0], node)
-    if not isinstance(group, MatmulGroup) or not group.bare or len(group.anchors) != 1 or group.tail is not node.args[0]:
+    if (
+        not isinstance(group, MatmulGroup)
+        or not group.bare
+        or len(group.anchors) != 1
+        or group.tail is not node.args[0]
+    ):
         return False
     if "linear" not in op_name(group.anchors[0].target) or len(node.meta["val"]) != 2:
         return False
@@ -171,7 +180,7 @@ def _gate(planner: Planner, node: fx.Node) -> bool:
         return False
     for inner in (node, *items.values(), gate):
         planner.values[inner] = None
-    planner.open.pop(group.out.key)  # type: ignore[call-overload]
+    planner.open.pop(group.out.key)
     shape = tuple(product.meta["val"].shape)
     group.glu = True
     group.out = group.base = planner.build.buffer(shape, planner.build.target.store, product.name, contiguous(shape))

@@ -47,6 +47,11 @@ class Group:
     act: int = 0
     names: list[str] = field(default_factory=list)
 
+    @property
+    def viewed(self) -> bool:
+        """Whether the value is a rearranged view of what the launch writes (sizes alone do not tell)."""
+        return (self.out.shape, self.out.strides) != (self.base.shape, self.base.strides)
+
 
 @dataclass
 class MatmulGroup(Group):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def channels_last(shape: Sequence[int], channels: int | None = None) -> tuple[in
 
 def view_like(operand: Operand, value: Tensor) -> Operand:
     """The operand that `value`, a view made by `as_meta`, stands for."""
-    return replace(operand, shape=tuple(value.shape), strides=value.stride(), offset=value.storage_offset())
+    return replace(operand, shape=tuple(value.shape), strides=value.stride(), offset=int(value.storage_offset()))
 
 
 def as_meta(operand: Operand) -> Tensor:
@@ -77,7 +78,7 @@ def collapse(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | 
     sizes = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
     if not sizes:
         return 1, 0
-    for (_, outer), (n, inner) in zip(sizes, sizes[1:], strict=False):
+    for (_, outer), (n, inner) in pairwise(sizes):
         if outer != n * inner:
             return None
     return math.prod(n for n, _ in sizes), sizes[-1][1]

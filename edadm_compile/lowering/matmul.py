@@ -11,7 +11,6 @@ from torch import fx
 
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import layer_of
-from edadm_compile.kernels import tiles
 from edadm_compile.kernels.launch import Launch, Operand
 from edadm_compile.lowering.builder import present
 from edadm_compile.lowering.groups import MatmulGroup, activation_code
@@ -85,19 +84,21 @@ def segments_of(planner: Planner, node: fx.Node) -> int:
     """int8 products a layer takes: 2 for 16-bit codes, 0 if its input is in no form the kernels read."""
     from edadm_compile.lowering.planner import Codes16, Deferred
 
-    value = planner.values.get(node.args[0])  # type: ignore[call-overload]
+    value = planner.values.get(node.args[0])
     if isinstance(value, Codes16):
         return 2
-    return 1 if isinstance(value, Operand) or isinstance(value, Deferred) else 0
+    return 1 if isinstance(value, (Operand, Deferred)) else 0
 
 
 def geometry(planner: Planner, node: fx.Node) -> tuple[Any, ...]:
     """What two layers must share to be two segments of one launch."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    spatial = tuple(source.meta["val"].shape[2:]) if op_name(node.target) == CONV else tuple(source.meta["val"].shape[:-1])
+    spatial = (
+        tuple(source.meta["val"].shape[2:]) if op_name(node.target) == CONV else tuple(source.meta["val"].shape[:-1])
+    )
     settings = tuple(map(tuple, node.args[5:8])) if op_name(node.target) == CONV else ()  # type: ignore[arg-type]
-    kernel = tuple(node.args[10][2:]) if op_name(node.target) == CONV else ()  # type: ignore[index]
+    kernel = tuple(node.args[10][2:]) if op_name(node.target) == CONV else ()  # type: ignore
     upsampled = _upsampled(planner, source) is not None
     return op_name(node.target), tuple(node.meta["val"].shape), spatial, settings, kernel, upsampled
 
@@ -165,7 +166,12 @@ def _aligned(planner: Planner, x: Operand, kind: str) -> Operand:
     """Codes as the kernels read them: rows of adjacent channels, 16 bytes apart; copied by the library where they are not."""
     dim = 1 if kind == CONV else len(x.shape) - 1
     rows = rows_of(x, dim)
-    if rows is not None and rows.stride % ROW_ALIGNMENT == 0 and x.offset % ROW_ALIGNMENT == 0 and _whole_images(x, kind):
+    if (
+        rows is not None
+        and rows.stride % ROW_ALIGNMENT == 0
+        and x.offset % ROW_ALIGNMENT == 0
+        and _whole_images(x, kind)
+    ):
         return x
     stride = round_up(x.shape[dim], ROW_ALIGNMENT)
     strides = channels_last(x.shape, stride) if kind == CONV else (*(s * stride for s in contiguous(x.shape[:-1])), 1)
@@ -183,7 +189,7 @@ def emit(planner: Planner, group: MatmulGroup) -> None:
     segments = _segments(planner, group)
     need_out, codes = planner.outputs_of(group) if not group.merged else (True, None)
     final = _is_output(planner, group)
-    if codes is not None and group.base.shape[_channel_dim(group)] % ROW_ALIGNMENT and group.out.shape != group.base.shape:
+    if codes is not None and group.base.shape[_channel_dim(group)] % ROW_ALIGNMENT and group.viewed:
         codes, need_out = None, True
     conv = op_name(group.anchors[0].target) == CONV
     kernel = "qconv2d" if conv and (final or not _is_rows(group, segments)) else "qlinear"
@@ -216,7 +222,7 @@ def _channel_dim(group: MatmulGroup) -> int:
 def _is_output(planner: Planner, group: MatmulGroup) -> bool:
     """Whether the group writes the model's output and nothing else reads it."""
     users = list(group.tail.users)
-    is_image = op_name(group.anchors[0].target) == CONV and group.out.shape == group.base.shape
+    is_image = op_name(group.anchors[0].target) == CONV and not group.viewed
     return len(users) == 1 and users[0].op == "output" and is_image
 
 
@@ -235,7 +241,12 @@ def _shape_constants(group: MatmulGroup, segments: list[_Segment], kernel: str) 
         assert rows is not None
         strides.append(max(rows.stride, round_up(rows.channels, ROW_ALIGNMENT)) if rows.rows == 1 else rows.stride)
     channels = group.base.shape[_channel_dim(group)]
-    found: dict[str, Any] = {"C": segments[0].shapes[0][1], "X_STRIDE": strides[0], "O": channels, "BITS": segments[0].bits}
+    found: dict[str, Any] = {
+        "C": segments[0].shapes[0][1],
+        "X_STRIDE": strides[0],
+        "O": channels,
+        "BITS": segments[0].bits,
+    }
     if len(segments) == 2:
         found |= {"SEGMENTS": 2, "C2": segments[1].shapes[0][1], "X2_STRIDE": strides[1], "BITS2": segments[1].bits}
     if kernel == "qconv2d":
@@ -262,7 +273,9 @@ def _fusion_constants(planner: Planner, group: MatmulGroup, kernel: str) -> dict
     return found
 
 
-def _codes_output(planner: Planner, group: MatmulGroup, codes: fx.Node, constants: dict[str, Any]) -> dict[str, Operand | None]:
+def _codes_output(
+    planner: Planner, group: MatmulGroup, codes: fx.Node, constants: dict[str, Any]
+) -> dict[str, Operand | None]:
     """Operands for the codes a quantizer after the group asks for; records where they lie."""
     channels = group.base.shape[_channel_dim(group)]
     stride = round_up(channels, ROW_ALIGNMENT)
@@ -296,7 +309,7 @@ def _finish(
 ) -> None:  # fmt: skip
     """Choose the tile, then everything that depends on it: weight layout, workspace; append the launch."""
     build = planner.build
-    tile = tiles.choose(kernel, constants | scalars, build.target.arch)
+    tile = planner.build.tile(kernel, constants | scalars)
     block_m, block_n, block_k = (tile.sizes[f"BLOCK_{d}"] for d in "MNK")
     rows = round_up(constants["O"], block_m)
     # one weight for every tile of every batch, except that a gate starts where the values of this tile end

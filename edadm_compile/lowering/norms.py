@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from edadm_compile.ir.ops import op_name
-from edadm_compile.kernels import tiles
 from edadm_compile.kernels.launch import Launch, Operand
 from edadm_compile.lowering.builder import present
 from edadm_compile.lowering.groups import ElementGroup, Group, NormGroup, activation_code
@@ -38,6 +37,8 @@ def start(planner: Planner, node: fx.Node) -> bool:
     """Open a group for a group norm or layer norm over adjacent channels."""
     name = op_name(node.target)
     shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], torch.Tensor) else ()
+    if shape and node.meta["val"].dtype != torch.float32:
+        return False
     parameters = [a for a in node.args[2:4] if a is not None]
     if node.kwargs or not all(isinstance(a, fx.Node) and a.op == "get_attr" for a in parameters):
         return False
@@ -59,7 +60,7 @@ def _group_norm_sources(planner: Planner, node: fx.Node) -> list[Any]:
     """What a group norm reads: its input, or the two parts of a concatenation that is then never written."""
     from edadm_compile.lowering.planner import Deferred
 
-    value = planner.values.get(node.args[0])  # type: ignore[call-overload]
+    value = planner.values.get(node.args[0])
     if not isinstance(value, Deferred):
         return [node.args[0]]
     if op_name(value.node.target) == "aten.cat.default":
@@ -102,10 +103,15 @@ def emit(planner: Planner, group: NormGroup) -> None:
         rows = rows_of(sources[0], len(sources[0].shape) - 1)
         assert rows is not None
         kernel, scalars = "layernorm", {"rows": rows.rows}
-        constants |= {"C": channels, "X_STRIDE": rows.stride, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
+        constants |= {
+            "C": channels,
+            "X_STRIDE": rows.stride,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": bias is not None,
+        }
     need_out, codes = planner.outputs_of(group)
     writes = _stores(planner, group, codes, need_out, constants, operands, channels)
-    tile = tiles.choose(kernel, constants | scalars, planner.build.target.arch)
+    tile = planner.build.tile(kernel, constants | scalars)
     for role in ("x", "x2", "out", "out_q"):
         if operands.get(role) is not None:
             operands[role] = as_pixels(operands[role])  # type: ignore[arg-type]
@@ -150,7 +156,7 @@ def start_element(planner: Planner, node: fx.Node) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     value = planner.operand(source)
-    if _as_images(value) is None or value.dtype not in _FLOATS:
+    if _as_images(value) is None or value.dtype not in _FLOATS or node.meta["val"].dtype != torch.float32:
         return False
     shape = tuple(node.meta["val"].shape)
     image = len(shape) > 2 and value.strides[1] == 1
@@ -182,8 +188,10 @@ def emit_quantize(planner: Planner, node: fx.Node) -> bool:
         _element(planner, group, value, node, False)
         return True
     shape = tuple(value.shape)
-    channels, stride = shape[_channel(value)], round_up(shape[_channel(value)], ROW_ALIGNMENT)
-    strides = channels_last(shape, stride) if _channel(value) == 1 else (*(s * stride for s in contiguous(shape[:-1])), 1)
+    stride = round_up(shape[_channel(value)], ROW_ALIGNMENT)
+    strides = (
+        channels_last(shape, stride) if _channel(value) == 1 else (*(s * stride for s in contiguous(shape[:-1])), 1)
+    )
     hi, lo = (planner.build.buffer(shape, torch.int8, f"{node.name} {part}", strides) for part in ("hi", "lo"))
     planner.values[node] = Codes16(hi, lo)
     spec = act_spec(bits, bool(node.args[4]))
@@ -268,7 +276,5 @@ def _launch(
             stride = int(constants["OUT_STRIDE" if role == "out" else "OUT_Q_STRIDE"])
             shape = (batch, pixels, channels)
             operands[role] = replace(operands[role], shape=shape, strides=(pixels * stride, stride, 1))
-    tile = tiles.choose("quantize", constants | scalars, planner.build.target.arch)
+    tile = planner.build.tile("quantize", constants | scalars)
     planner.build.launch(Launch("quantize", name, operands, constants, scalars, tile, writes))
-
-

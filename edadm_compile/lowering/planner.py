@@ -70,8 +70,8 @@ class Planner:
         self.module, self.graph = program.graph_module, program.graph_module.graph
         self.build = Builder(target)
         self.result, self.inputs = result, inputs
-        self.values: dict[fx.Node, Any] = {}
-        self.open: dict[int, Group] = {}
+        self.values: dict[Any, Any] = {}
+        self.open: dict[Any, Group] = {}
 
     # ------------------------------------------------------------------ walk
     def run(self) -> Builder:
@@ -89,25 +89,26 @@ class Planner:
         name = op_name(node.target)
         if not isinstance(node.meta["val"], (Tensor, tuple, list)):
             self.values[node] = node.meta["val"]
-        elif name == "operator.getitem" and isinstance(self.values.get(node.args[0]), tuple):  # type: ignore[call-overload]
-            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif name == "operator.getitem" and isinstance(self.values.get(node.args[0]), tuple):
+            self.values[node] = self.values[node.args[0]][node.args[1]]
         elif name in _DEFERRED:
             self.values[node] = Deferred(node)
-        elif fusion.absorb(self, node):
-            return
-        elif name in _VIEWS and self._as_view(node):
+        elif fusion.absorb(self, node) or (name in _VIEWS and self._as_view(node)):
             return
         elif name == QUANTIZE:
             self._quantize(node)
-        elif matmul.start(self, node) or norms.start(self, node) or attention.emit(self, node):
-            return
-        elif activation_code(node) and norms.start_element(self, node):
+        elif (
+            matmul.start(self, node)
+            or norms.start(self, node)
+            or attention.start(self, node)
+            or (activation_code(node) and norms.start_element(self, node))
+        ):
             return
         else:
             self.library(node)
 
     def _as_view(self, node: fx.Node) -> bool:
-        source = self.values.get(node.args[0])  # type: ignore[call-overload]
+        source = self.values.get(node.args[0])
         if isinstance(source, Deferred):
             source = self.operand(node.args[0])
         if not isinstance(source, Operand):
@@ -147,7 +148,7 @@ class Planner:
             raise AssertionError(f"{node}: 16-bit codes have no single operand")
         assert isinstance(value, Operand), (node, value)
         if value.space == "arena" and value.key in self.open:
-            self.close(self.open[value.key])  # type: ignore[index]
+            self.close(self.open[value.key])
             value = self.values[node]
             assert isinstance(value, Operand)
         return value
@@ -155,21 +156,27 @@ class Planner:
     def parameter(self, node: fx.Node) -> Operand:
         """A constant of the program, floating ones in the store type."""
         value = node.meta["val"]
-        dtype = self.build.target.store if value.dtype.is_floating_point else value.dtype
+        dtype = self.stored(value.dtype)
         return self.build.parameter(str(node.target), value.shape, dtype)
+
+    def stored(self, dtype: torch.dtype) -> torch.dtype:
+        """Type in memory of a value of the graph: float32 becomes the store type, a type the model asked for stays."""
+        return self.build.target.store if dtype == torch.float32 else dtype
 
     def hold(self, group: Group) -> None:
         """Keep a group open; its buffer stands for its value."""
-        self.open[group.out.key] = group  # type: ignore[index]
+        self.open[group.out.key] = group
         self.values[group.tail] = group.out
 
     def close(self, group: Group) -> None:
         """Emit a group."""
-        self.open.pop(group.out.key)  # type: ignore[call-overload]
+        self.open.pop(group.out.key)
         if isinstance(group, MatmulGroup):
             matmul.emit(self, group)
         elif isinstance(group, NormGroup):
             norms.emit(self, group)
+        elif isinstance(group, attention.AttentionGroup):
+            attention.emit(self, group)
         elif isinstance(group, ElementGroup):
             norms.emit_element(self, group)
 
@@ -186,9 +193,7 @@ class Planner:
         value = node.meta["val"]
         why = why or (info.note if (info := layer_of(node)) else "") or "no kernel for this operator"
         if isinstance(value, (tuple, list)):
-            self.values[node] = tuple(
-                self._library_result(node, args, kwargs, v, why, i) for i, v in enumerate(value)
-            )
+            self.values[node] = tuple(self._library_result(node, args, kwargs, v, why, i) for i, v in enumerate(value))
         else:
             self.values[node] = self._library_result(node, args, kwargs, value, why, None)
 
@@ -204,8 +209,10 @@ class Planner:
             raise NotImplementedError(f"16-bit codes into {node}")
         return self.operand(node) if isinstance(value, (Operand, Deferred)) else value
 
-    def _library_result(self, node: fx.Node, args: Any, kwargs: Any, value: Tensor, why: str, index: int | None) -> Operand:
-        dtype = self.build.target.store if value.dtype.is_floating_point else value.dtype
+    def _library_result(
+        self, node: fx.Node, args: Any, kwargs: Any, value: Tensor, why: str, index: int | None
+    ) -> Operand:
+        dtype = self.stored(value.dtype)
         out = self.build.buffer(value.shape, dtype, node.name, self._library_strides(node, value, args))
         self.emit_library(op_name(node.target), args, kwargs, out, why, node, index)
         return out
@@ -219,12 +226,23 @@ class Planner:
                     break
                 return a.strides
         if value.dim() == 4:
-            last = as_meta_order(shape, (0, 2, 1, 3)) if "attention" in str(node.target) or "matmul" in str(node.target) else None
+            last = (
+                as_meta_order(shape, (0, 2, 1, 3))
+                if "attention" in str(node.target) or "matmul" in str(node.target)
+                else None
+            )
             return last or channels_last(shape)
         return contiguous(shape)
 
     def emit_library(
-        self, name: str, args: Any, kwargs: Any, out: Operand, why: str, node: fx.Node | None = None, index: int | None = None
+        self,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        out: Operand,
+        why: str,
+        node: fx.Node | None = None,
+        index: int | None = None,
     ) -> None:
         """Append a library launch."""
         operands: dict[str, Operand] = {}

@@ -9,15 +9,12 @@ import torch
 
 from edadm_compile.errors import TargetError
 from edadm_compile.ir.program import Program, placeholders
-from edadm_compile.kernels.launch import Launch, LaunchPlan, Operand
+from edadm_compile.kernels.launch import TIME_TABLES, Launch, LaunchPlan, Operand
 from edadm_compile.lowering import arena
 from edadm_compile.lowering.builder import Target
 from edadm_compile.lowering.layout import contiguous
 from edadm_compile.lowering.planner import Planner
 from edadm_compile.lowering.simplify import specialise
-
-#: Name of the input that holds this step's rows of all time tables, [B, values], float32.
-TABLES = "time tables"
 
 
 def make_plan(program: Program, target: Target) -> LaunchPlan:
@@ -45,16 +42,14 @@ def make_plan(program: Program, target: Target) -> LaunchPlan:
     buffers, size = arena.plan(arena.lifetimes(launches, build.sizes, build.names, conditioning))
     inputs = {s.name: ((target.batch, *s.shape), s.dtype) for s in signature.inputs}
     if tables:
-        inputs[TABLES] = ((target.batch, sum(math.prod(s) for _, s in tables.values())), torch.float32)
+        inputs[TIME_TABLES] = ((target.batch, sum(math.prod(s) for _, s in tables.values())), torch.float32)
     return LaunchPlan(
         target.arch, target.batch, target.store, tuple(launches), buffers, size, build.constants, build.counters,
         inputs, shape, conditioning, tables,
     )  # fmt: skip
 
 
-def input_operands(
-    program: Program, batch: int
-) -> tuple[dict[str, Operand], dict[str, tuple[int, tuple[int, ...]]]]:
+def input_operands(program: Program, batch: int) -> tuple[dict[str, Operand], dict[str, tuple[int, tuple[int, ...]]]]:
     """Graph inputs in memory; all time tables are columns of one input, so that a step copies one row per image."""
     operands: dict[str, Operand] = {}
     for s in program.signature.inputs:
@@ -70,7 +65,9 @@ def input_operands(
             tables[name] = (column, shape)
             column += math.prod(shape)
     for name, (start, shape) in tables.items():
-        operands[name] = Operand("input", TABLES, torch.float32, (batch, *shape), (column, *contiguous(shape)), start)
+        operands[name] = Operand(
+            "input", TIME_TABLES, torch.float32, (batch, *shape), (column, *contiguous(shape)), start
+        )
     return operands, tables
 
 

@@ -21,14 +21,16 @@ _COMMUTING = frozenset(
         "movedim.int", "swapaxes.default",
     )
 )  # fmt: skip
-_IDENTITIES = frozenset(("aten.alias.default", "aten.contiguous.default", "aten.detach.default", "aten.dropout.default"))
+_IDENTITIES = frozenset(
+    ("aten.alias.default", "aten.contiguous.default", "aten.detach.default", "aten.dropout.default")
+)
 
 
 def specialise(program: Program, batch: int) -> Program:
     """A private copy for one batch size, with the rules below applied until none matches.
 
     1. a size or an expression of sizes → its value
-    2. x / 1, x * 1 → x; alias, contiguous, dropout → their input
+    2. x / 1, x * 1 → x; alias, contiguous, dropout, permute that keeps the order → their input
     3. quantize(move(x)) → move(quantize(x)) for views, transposes and nearest upsampling: the tensor before is smaller
        or shared, and its producer can write the codes itself
     4. qconv2d(quantize(pad(x, 0)), padding) → qconv2d(quantize(x), padding of four sides): the code of zero pads both
@@ -57,8 +59,8 @@ def _fold_plain_value(node: fx.Node, values: dict[fx.Node, Any]) -> None:
     value = values.get(node)
     if node.op == "call_function" and isinstance(value, (int, float, bool)):
         for user in list(node.users):
-            user.args = fx.node.map_aggregate(user.args, lambda a: value if a is node else a)  # type: ignore[assignment]
-            user.kwargs = fx.node.map_aggregate(user.kwargs, lambda a: value if a is node else a)  # type: ignore[assignment]
+            user.args = fx.node.map_aggregate(user.args, lambda a: value if a is node else a)
+            user.kwargs = fx.node.map_aggregate(user.kwargs, lambda a: value if a is node else a)
 
 
 def _identity(node: fx.Node) -> bool:
@@ -66,7 +68,8 @@ def _identity(node: fx.Node) -> bool:
     by_one = name in ("aten.div.Tensor", "aten.mul.Tensor", "aten.div.Scalar", "aten.mul.Scalar") and (
         isinstance(node.args[1], (int, float)) and node.args[1] == 1
     )
-    if not by_one and name not in _IDENTITIES:
+    ordered = name == "aten.permute.default" and list(node.args[1]) == list(range(len(node.args[1])))  # type: ignore
+    if not (by_one or ordered) and name not in _IDENTITIES:
         return False
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -93,7 +96,10 @@ def _commute(node: fx.Node) -> bool:
 
 def _zero_padding(node: Any) -> list[int] | None:
     """Widths [left, right, top, bottom] of a zero padding of the last two dimensions, else None."""
-    if not isinstance(node, fx.Node) or op_name(node.target) not in ("aten.pad.default", "aten.constant_pad_nd.default"):
+    if not isinstance(node, fx.Node) or op_name(node.target) not in (
+        "aten.pad.default",
+        "aten.constant_pad_nd.default",
+    ):
         return None
     if node.kwargs:
         return None
@@ -151,4 +157,3 @@ def _share(node: fx.Node) -> bool:
 
 def _key(node: fx.Node) -> tuple[Any, ...]:
     return tuple(a.target if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args)
-

@@ -125,10 +125,28 @@ def print_summary(summary: dict[str, Any]) -> None:
     stages = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in summary["seconds"].items() if v >= 0.5)
     table.add_row("time", f"{summary['total_seconds']:.0f} s ({stages})")
     out.print(table)
+    print_device(summary.get("device"))
     for name, reason in summary["float_layers"].items():
         out.print(f"float: {name}: {reason}", highlight=False)
     for note in summary["notes"]:
         out.print(f"note: {note}", highlight=False)
+
+
+def print_device(device: dict[str, Any] | None) -> None:
+    """Print what GPU code a file holds."""
+    out = console()
+    if device is None:
+        out.print("no GPU code (add it with: edadm-compile target FILE --targets ...)", highlight=False)
+        return
+    table = Table(title=f"GPU code: {device['kernels']} kernels, {human(device['code_bytes'])}", title_justify="left")
+    for name in ("GPU", "batch", "launches a step", "of them in the library", "once per prompt", "arena"):
+        table.add_column(name, justify="right")
+    for plan in device["plans"]:
+        table.add_row(
+            plan["arch"], str(plan["batch"]), str(plan["launches"] - plan["once_per_prompt"]),
+            str(plan["library_launches"]), str(plan["once_per_prompt"]), human(plan["arena_bytes"]),
+        )  # fmt: skip
+    out.print(table)
 
 
 def _db(value: float | None) -> str:

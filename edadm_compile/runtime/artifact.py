@@ -30,6 +30,8 @@ from edadm_compile.ir.program import (
     layers,
     placeholders,
 )
+from edadm_compile.kernels.cubin import Bundle
+from edadm_compile.runtime import device_code
 from edadm_compile.runtime.program_json import graph_from_json, graph_to_json, layers_from_json
 
 FORMAT = "edadm.qmod/1"
@@ -47,11 +49,13 @@ class Artifact:
         qdq: engine-neutral program; the source that everything else can be rebuilt from.
         lowered: program of integer operators.
         manifest: configuration, provenance, quality and versions.
+        device: launch plans and compiled kernels for GPUs; None where none were made.
     """
 
     qdq: Program
     lowered: Program
     manifest: dict[str, Any] = field(default_factory=dict)
+    device: Bundle | None = None
 
 
 def to_bytes(artifact: Artifact) -> bytes:
@@ -73,6 +77,7 @@ def to_bytes(artifact: Artifact) -> bytes:
         "programs": programs,
         "layers": [dataclasses.asdict(info) for info in records],
         "time": None if time is None else _time_json(time, tensors),
+        "device": None if artifact.device is None else device_code.store(artifact.device, tensors),
     }
     stored = {name: _shrink(value) for name, value in sorted(tensors.items())}
     widened = [name for name in stored if stored[name].dtype != tensors[name].dtype]
@@ -134,6 +139,7 @@ def read(path: Path) -> Artifact:
             verify(program)
             programs.append(program)
         propagate_shapes(programs[1])
+        device = device_code.restore(manifest.get("device"), tensors)
     except ArtifactError:
         raise
     except EdadmError as error:
@@ -143,9 +149,9 @@ def read(path: Path) -> Artifact:
     kept = {
         k: v
         for k, v in manifest.items()
-        if k not in ("programs", "tensors", "layers", "signature", "time", "notes", "sampler")
+        if k not in ("programs", "tensors", "layers", "signature", "time", "notes", "sampler", "device")
     }
-    return Artifact(programs[0], programs[1], kept)
+    return Artifact(programs[0], programs[1], kept, device)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

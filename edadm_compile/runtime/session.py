@@ -112,21 +112,22 @@ def _conform(spec: InputSpec, value: Tensor, batch: int) -> Tensor:
     return result
 
 
-def load(path: str | Path, device: str = "cpu", engine: str = "reference") -> CompiledModel:
+def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> CompiledModel:
     """Load a ``.qmod`` file.
 
     Args:
         path: file written by ``edadm-compile``.
-        device: "cpu"; other devices are refused until an engine for them exists.
-        engine: "reference", the pure-torch integer engine.
+        device: "cpu", or "cuda" for the compiled kernels in the file.
+        engine: "reference" (the pure-torch integer engine, on the CPU) or "cuda"; by default the device's own.
 
     Raises:
         ArtifactError: the file cannot be trusted or understood.
         InputError: unknown device or engine.
+        TargetError: no GPU here, or no code for it in the file.
     """
     return from_artifact(read(Path(path)), device, engine)
 
 
-def from_artifact(artifact: Artifact, device: str = "cpu", engine: str = "reference") -> CompiledModel:
+def from_artifact(artifact: Artifact, device: str = "cpu", engine: str | None = None) -> CompiledModel:
     """Wrap a loaded artifact; see `load`."""
     return CompiledModel(artifact, make_engine(engine, device, artifact))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from edadm_compile.errors import InputError
+from edadm_compile.errors import InputError, TargetError
 from edadm_compile.runtime.artifact import Artifact
 from edadm_compile.runtime.engines.reference import ReferenceEngine
 
-ENGINES = ("reference",)
+#: Engines by the device type they run on; the first is the default.
+ENGINES = {"cpu": ("reference",), "cuda": ("cuda",)}
 
 
 class Engine(Protocol):
@@ -20,16 +22,29 @@ class Engine(Protocol):
         """The predicted noise, float32."""
 
 
-def make_engine(name: str, device: str, artifact: Artifact) -> Engine:
-    """The engine called `name` for `device`.
+def make_engine(name: str | None, device: str, artifact: Artifact) -> Engine:
+    """The engine called `name` for `device`; None for the device's default.
 
     Raises:
-        InputError: unknown engine, or a device no engine here runs on.
+        InputError: an unknown device, or an engine that does not run on it.
+        TargetError: no CUDA here, or no code for this GPU in the file.
     """
-    if name not in ENGINES:
-        raise InputError(f"engine: got {name!r}, allowed {', '.join(ENGINES)}")
-    if device != "cpu":
-        raise InputError(
-            f"device: got {device!r}; this version runs compiled programs on 'cpu' only (no CUDA engine yet)"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = device
+    if kind not in ENGINES:
+        raise InputError(f"device: got {device!r}, allowed {', '.join(ENGINES)}")
+    if name is not None and name not in ENGINES[kind]:
+        raise InputError(f"engine: got {name!r}, on {kind} allowed {', '.join(ENGINES[kind])}")
+    if kind == "cpu":
+        return ReferenceEngine(artifact.lowered)
+    if not torch.cuda.is_available():
+        raise TargetError(f"device {device!r}: torch finds no CUDA GPU here; load with device='cpu'")
+    if artifact.device is None:
+        raise TargetError(
+            "the file has no GPU code; add it with: edadm-compile target FILE --targets sm_XX -o FILE (see --help)"
         )
-    return ReferenceEngine(artifact.lowered)
+    from edadm_compile.runtime.engines.cuda import CudaEngine
+
+    return CudaEngine(artifact.lowered, artifact.device, device=device)

@@ -1,0 +1,140 @@
+"""GPU code for a lowered program: plans, compiled kernels, and the verb that adds them to an existing file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edadm_compile.errors import InputError
+from edadm_compile.ir.program import Program
+from edadm_compile.kernels import aot
+from edadm_compile.kernels.cubin import Bundle
+from edadm_compile.kernels.launch import LaunchPlan, Tile
+from edadm_compile.kernels.request import triton_version
+from edadm_compile.kernels.targets import parse_targets
+from edadm_compile.lowering.builder import Target
+from edadm_compile.lowering.schedule import make_plan
+from edadm_compile.passes.base import Progress, Silent
+from edadm_compile.runtime.artifact import read, write
+
+STORES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+#: Batch sizes code is made for where nothing else is asked.
+DEFAULT_BATCHES = (1, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """Which GPU code to make.
+
+    Attributes:
+        targets: architectures; empty for none.
+        batches: batch sizes.
+        store: element type of intermediates that are not codes.
+        tiles: measured tiles by architecture, over the built-in choice.
+        library_attention: torch computes attention instead of the fused kernel.
+        float_layers: layers left in the store type because that was measured faster.
+    """
+
+    targets: tuple[str, ...]
+    batches: tuple[int, ...] = DEFAULT_BATCHES
+    store: str = "float16"
+    tiles: Mapping[str, Mapping[str, Tile]] = dataclasses.field(default_factory=dict)
+    library_attention: bool = False
+    float_layers: tuple[str, ...] = ()
+
+
+def options_of(targets: str | None, batch: str | None, store: str | None) -> DeviceOptions:
+    """From the command line.
+
+    Raises:
+        InputError: an unknown target or type, or a batch that is no list of positive integers.
+    """
+    try:
+        batches = DEFAULT_BATCHES if batch is None else tuple(sorted({int(b) for b in batch.split(",")}))
+    except ValueError:
+        batches = (0,)
+    if min(batches) < 1:
+        raise InputError(f"--batch: got {batch!r}, expected positive integers joined by commas, such as 1,8")
+    return DeviceOptions(parse_targets(targets), batches, store or "float16")
+
+
+def batches_for(program: Program, batches: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes a program accepts: its own where it was captured with a fixed one.
+
+    Raises:
+        InputError: larger than the captured model accepts.
+    """
+    signature = program.signature
+    if signature.min_batch == signature.max_batch:
+        return (signature.max_batch,)
+    for batch in batches:
+        if batch > signature.max_batch:
+            raise InputError(f"--batch: got {batch}, the captured model accepts up to {signature.max_batch}")
+    return tuple(batches)
+
+
+def make_plans(program: Program, options: DeviceOptions) -> list[LaunchPlan]:
+    """Launch plans for every architecture and batch size asked for."""
+    batches = batches_for(program, options.batches)
+    return [
+        make_plan(
+            program,
+            Target(
+                arch,
+                batch,
+                STORES[options.store],
+                tiles=options.tiles.get(arch, {}),
+                library_attention=options.library_attention,
+                float_layers=options.float_layers,
+            ),
+        )
+        for arch in options.targets
+        for batch in batches
+    ]
+
+
+def build(program: Program, options: DeviceOptions, progress: Progress) -> Bundle | None:
+    """Compile GPU code; None without targets.
+
+    Raises:
+        TargetError: Triton is missing, or a kernel that does not compile.
+    """
+    if not options.targets:
+        return None
+    plans = make_plans(program, options)
+    progress.stage("kernels", len(aot.distinct(plans)))
+    return aot.compile_bundle(plans, progress=progress.advance)
+
+
+def retarget(path: Path, output: Path, options: DeviceOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Replace the GPU code of a compiled file; everything else stays as it is.
+
+    Raises:
+        EdadmError: an unreadable file, or code that cannot be made. `output` is written whole or not at all.
+    """
+    artifact = read(path)
+    bundle = build(artifact.lowered, options, progress or Silent())
+    versions = {**artifact.manifest.get("versions", {}), **({"triton": triton_version()} if bundle else {})}
+    changed = dataclasses.replace(artifact, device=bundle, manifest={**artifact.manifest, "versions": versions})
+    size = write(changed, output)
+    return {"output": str(output), "bytes": size, "device": describe(bundle)}
+
+
+def describe(bundle: Bundle | None) -> dict[str, Any] | None:
+    """What GPU code there is, as plain values."""
+    if bundle is None:
+        return None
+    plans = [
+        {
+            "arch": arch, "batch": batch, "launches": len(plan.launches),
+            "library_launches": sum(launch.kernel == "torch" for launch in plan.launches),
+            "once_per_prompt": plan.conditioning, "arena_bytes": plan.arena,
+        }
+        for (arch, batch), plan in sorted(bundle.plans.items())
+    ]  # fmt: skip
+    code = sum(len(cubin.data) for cubin in bundle.cubins.values())
+    return {"targets": list(bundle.archs), "kernels": len(bundle.cubins), "code_bytes": code, "plans": plans}
