@@ -10,7 +10,7 @@ import torch
 from edadm_compile.errors import TargetError
 from edadm_compile.ir.program import Program, placeholders
 from edadm_compile.kernels.launch import TIME_TABLES, Launch, LaunchPlan, Operand
-from edadm_compile.lowering import arena
+from edadm_compile.lowering import arena, statistics
 from edadm_compile.lowering.builder import Target
 from edadm_compile.lowering.layout import contiguous
 from edadm_compile.lowering.planner import Planner
@@ -38,6 +38,7 @@ def make_plan(program: Program, target: Target) -> LaunchPlan:
     shape = tuple(final.shape)
     result = Operand("output", 0, torch.float32, shape, contiguous(shape))
     build = Planner(module, target, graph_inputs, result).run()
+    statistics.attach(build)
     launches, conditioning = hoist(build.launches, [s.name for s in signature.conditions])
     buffers, size = arena.plan(arena.lifetimes(launches, build.sizes, build.names, conditioning))
     inputs = {s.name: ((target.batch, *s.shape), s.dtype) for s in signature.inputs}
