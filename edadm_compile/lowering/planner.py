@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program, layer_of
-from edadm_compile.kernels.launch import Launch, Operand
+from edadm_compile.kernels.launch import ConstantSpec, Launch, Operand
 from edadm_compile.kernels.library import encode
 from edadm_compile.lowering import attention, fusion, matmul, norms
 from edadm_compile.lowering.builder import Builder, Target
@@ -64,9 +64,18 @@ class Planner:
         target: what the plan is for.
         inputs: graph inputs as operands.
         result: where the prediction goes.
+        derived: constants of the graph that the program does not hold: how the device makes them.
     """
 
-    def __init__(self, program: Program, target: Target, inputs: dict[str, Operand], result: Operand) -> None:
+    def __init__(
+        self,
+        program: Program,
+        target: Target,
+        inputs: dict[str, Operand],
+        result: Operand,
+        derived: dict[str, ConstantSpec] | None = None,
+    ) -> None:
+        self.derived = derived or {}
         self.module, self.graph = program.graph_module, program.graph_module.graph
         self.build = Builder(target)
         self.result, self.inputs = result, inputs
@@ -157,6 +166,10 @@ class Planner:
         """A constant of the program, floating ones in the store type."""
         value = node.meta["val"]
         dtype = self.stored(value.dtype)
+        spec = self.derived.get(str(node.target))
+        if spec is not None:
+            name = str(dtype).removeprefix("torch.")
+            return self.build.constant(spec.source, spec.transform, value.shape, dtype, **spec.arguments, dtype=name)
         return self.build.parameter(str(node.target), value.shape, dtype)
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from edadm_compile.errors import TargetError
 from edadm_compile.ir.program import Program, placeholders
 from edadm_compile.kernels.launch import TIME_TABLES, Launch, LaunchPlan, Operand
-from edadm_compile.lowering import arena, statistics
+from edadm_compile.lowering import arena, leave_float, statistics
 from edadm_compile.lowering.builder import Target
 from edadm_compile.lowering.layout import contiguous
 from edadm_compile.lowering.planner import Planner
@@ -33,11 +33,13 @@ def make_plan(program: Program, target: Target) -> LaunchPlan:
             f"--batch {target.batch}: the captured model accepts {signature.min_batch} to {signature.max_batch}"
         )
     graph_inputs, tables = input_operands(program, target.batch)
-    module = specialise(program, target.batch)
+    module = program.fork()
+    derived = leave_float.apply(module, target.float_layers)
+    module = specialise(module, target.batch)
     final = module.graph_module.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
     shape = tuple(final.shape)
     result = Operand("output", 0, torch.float32, shape, contiguous(shape))
-    build = Planner(module, target, graph_inputs, result).run()
+    build = Planner(module, target, graph_inputs, result, derived).run()
     statistics.attach(build)
     launches, conditioning = hoist(build.launches, [s.name for s in signature.conditions])
     buffers, size = arena.plan(arena.lifetimes(launches, build.sizes, build.names, conditioning))

@@ -27,7 +27,7 @@ _IDENTITIES = frozenset(
 
 
 def specialise(program: Program, batch: int) -> Program:
-    """A private copy for one batch size, with the rules below applied until none matches.
+    """Fix the batch size of a private copy and apply the rules below until none matches.
 
     1. a size or an expression of sizes → its value
     2. x / 1, x * 1 → x; alias, contiguous, dropout, permute that keeps the order → their input
@@ -38,7 +38,6 @@ def specialise(program: Program, batch: int) -> Program:
 
     Node values (fake tensors) are in ``node.meta["val"]``.
     """
-    program = program.fork()
     values = fake_values(program, batch)
     graph = program.graph_module.graph
     for node in list(graph.nodes):
