@@ -14,7 +14,7 @@ from torch import nn
 
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
-from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, describe
+from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
 from edadm_compile.frontend import Source, load_source
@@ -24,7 +24,7 @@ from edadm_compile.kernels.request import triton_folder, triton_version
 from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.pipeline import CompileResult, compile_source
-from edadm_compile.report.truth import totals, truth_table
+from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact, write
 
 

@@ -19,7 +19,8 @@ from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.lowering.builder import Target
 from edadm_compile.lowering.schedule import make_plan
 from edadm_compile.passes.base import Progress, Silent
-from edadm_compile.runtime.artifact import read, write
+from edadm_compile.report.truth import describe, launch_table
+from edadm_compile.runtime.artifact import Artifact, read, write
 
 STORES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 #: Batch sizes code is made for where nothing else is asked.
@@ -124,17 +125,15 @@ def retarget(path: Path, output: Path, options: DeviceOptions, progress: Progres
     return {"output": str(output), "bytes": size, "device": describe(bundle)}
 
 
-def describe(bundle: Bundle | None) -> dict[str, Any] | None:
-    """What GPU code there is, as plain values."""
-    if bundle is None:
-        return None
-    plans = [
-        {
-            "arch": arch, "batch": batch, "launches": len(plan.launches),
-            "library_launches": sum(launch.kernel == "torch" for launch in plan.launches),
-            "once_per_prompt": plan.conditioning, "arena_bytes": plan.arena,
-        }
-        for (arch, batch), plan in sorted(bundle.plans.items())
-    ]  # fmt: skip
-    code = sum(len(cubin.data) for cubin in bundle.cubins.values())
-    return {"targets": list(bundle.archs), "kernels": len(bundle.cubins), "code_bytes": code, "plans": plans}
+def launches_of(artifact: Artifact, name: str) -> list[dict[str, Any]]:
+    """Rows of the launch plan called "sm_90:8".
+
+    Raises:
+        InputError: a malformed name, or no such plan in the file.
+    """
+    arch, _, batch = name.partition(":")
+    if artifact.device is None:
+        raise InputError("--launches: the file has no GPU code; add it with: edadm-compile target FILE --targets ...")
+    if not batch.isdecimal():
+        raise InputError(f"--launches: got {name!r}, expected an architecture and a batch size such as sm_90:8")
+    return launch_table(artifact.device, arch, int(batch))

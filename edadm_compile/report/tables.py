@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edadm_compile.report.truth import totals, truth_table
+from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact
 
 
@@ -38,6 +38,7 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
         "sampler": {**artifact.lowered.sampler.scheduler, "steps": artifact.lowered.sampler.steps},
         "layers": rows,
         "totals": totals(rows),
+        "device": describe(artifact.device),
         **{k: manifest.get(k) for k in ("average_bits", "config", "source", "quality", "allocation", "versions")},
     }
 
@@ -81,6 +82,7 @@ def print_inspect(report: dict[str, Any]) -> None:
     out.print(
         f"weights of quantized layers {human(t['bytes'])}, {t['ratio_to_fp16']} of fp16; file {human(report['file_bytes'])}"
     )
+    print_device(report["device"])
     if report["quality"]:
         out.print(f"noise-prediction SQNR against the float model {_db(report['quality']['sqnr'])}")
     out.print(
@@ -130,6 +132,35 @@ def print_summary(summary: dict[str, Any]) -> None:
         out.print(f"float: {name}: {reason}", highlight=False)
     for note in summary["notes"]:
         out.print(f"note: {note}", highlight=False)
+
+
+def print_launches(rows: list[dict[str, Any]], title: str) -> None:
+    """Print one launch plan."""
+    out = console()
+    table = Table(title=title, title_justify="left")
+    for name in (
+        "#",
+        "layer",
+        "kernel",
+        "codes",
+        "tile",
+        "split",
+        "warps",
+        "regs",
+        "smem",
+        "writes",
+        "when",
+        "why in the library",
+    ):
+        table.add_column(
+            name, overflow="fold", justify="left" if name in ("layer", "kernel", "why in the library") else "right"
+        )
+    for i, row in enumerate(rows):
+        values = [row["layer"], row["kernel"], row["codes"], row["tile"], row["split_k"], row["warps"], row["registers"],
+                  row["shared"], " ".join(row["writes"]), row["when"], row["why_float"]]  # fmt: skip
+        style = "yellow" if row["why_float"] else ""
+        table.add_row(str(i), *("" if v is None else str(v) for v in values), style=style)
+    out.print(table)
 
 
 def print_device(device: dict[str, Any] | None) -> None:

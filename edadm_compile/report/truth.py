@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import fx
 
+from edadm_compile.errors import InputError
 from edadm_compile.ir.analysis import constant_target
 from edadm_compile.ir.program import LayerInfo, Program, get_constant, layer_of
+from edadm_compile.kernels.cubin import Bundle, Cubin
+from edadm_compile.kernels.launch import Launch, LaunchPlan
 
 
 def truth_table(program: Program, requested: str) -> list[dict[str, Any]]:
@@ -54,6 +57,61 @@ def _stored(program: Program, node: fx.Node, integer: bool) -> int:
     weight = get_constant(program.graph_module, target)
     channels = weight.shape[0] if integer else 0
     return weight.numel() * weight.element_size() + 4 * channels
+
+
+def describe(bundle: Bundle | None) -> dict[str, Any] | None:
+    """What GPU code there is, as plain values."""
+    if bundle is None:
+        return None
+    plans = [
+        {
+            "arch": arch, "batch": batch, "launches": len(plan.launches),
+            "library_launches": sum(launch.kernel == "torch" for launch in plan.launches),
+            "once_per_prompt": plan.conditioning, "arena_bytes": plan.arena,
+        }
+        for (arch, batch), plan in sorted(bundle.plans.items())
+    ]  # fmt: skip
+    code = sum(len(cubin.data) for cubin in bundle.cubins.values())
+    return {"targets": list(bundle.archs), "kernels": len(bundle.cubins), "code_bytes": code, "plans": plans}
+
+
+def launch_table(bundle: Bundle, arch: str, batch: int) -> list[dict[str, Any]]:
+    """One row per launch of a plan: what runs, with which tile, and why torch runs it where it does.
+
+    Raises:
+        InputError: no plan for this architecture and batch.
+    """
+    plan = bundle.plans.get((arch, batch))
+    if plan is None:
+        held = ", ".join(f"{a}:{b}" for a, b in sorted(bundle.plans))
+        raise InputError(f"--launches: got {arch}:{batch}, the file has {held}")
+    return [
+        _launch_row(plan, launch, bundle.cubins.get(key), i)
+        for i, (launch, key) in enumerate(zip(plan.launches, bundle.keys[arch, batch], strict=True))
+    ]
+
+
+def _launch_row(plan: LaunchPlan, launch: Launch, cubin: Cubin | None, index: int) -> dict[str, Any]:
+    sizes = dict(launch.tile.sizes)
+    width = f"w{launch.constants['BITS']}a8" if "BITS" in launch.constants else ""
+    if launch.constants.get("SEGMENTS") == 2:
+        width += " x2"
+    name = launch.kernel if launch.kernel != "torch" else launch.call[0]
+    written = [launch.operands[r].dtype for r in launch.writes if r in ("out", "out_q", "out_q_lo")]
+    return {
+        "layer": launch.layer,
+        "kernel": name,
+        "codes": width,
+        "tile": " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in sizes.items() if k != "SPLIT_K"),
+        "split_k": sizes.get("SPLIT_K", 1),
+        "warps": launch.tile.num_warps if cubin is not None else None,
+        "stages": launch.tile.num_stages if cubin is not None else None,
+        "registers": cubin.registers if cubin is not None else None,
+        "shared": cubin.shared if cubin is not None else None,
+        "writes": [str(d).removeprefix("torch.") for d in written],
+        "when": "once per prompt" if index < plan.conditioning else "every step",
+        "why_float": launch.why_float,
+    }
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
