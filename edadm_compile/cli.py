@@ -294,5 +294,79 @@ def verify(artifact: Path, as_json: bool, **options: Any) -> None:
     driver.check(result)
 
 
+@main.command()
+@click.argument("artifact", type=_file)
+@click.option("--baseline", type=_file, metavar="MODEL", help="The float model, timed beside ARTIFACT.")
+@click.option("--batch", metavar="N,N", help="Batch sizes (default: those of the file's plans; on the CPU 1).")
+@click.option("--repeats", type=click.IntRange(2, 10_000), help="Rounds (default 30; on the CPU 10).")
+@click.option("--kernels", is_flag=True, help="Also time every launch alone, against measured ceilings (GPU).")
+@click.option("--device", help="cpu or cuda (default: the GPU where there is one).")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@source_options
+@_json
+@_debug
+@guarded
+def bench(
+    artifact: Path,
+    baseline: Path | None,
+    batch: str | None,
+    repeats: int | None,
+    kernels: bool,
+    device: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Time ARTIFACT, beside the float model when one is given; nothing is timed before its result is right."""
+    from edadm_compile.driver import bench as driver
+    from edadm_compile.report import bench_tables
+    from edadm_compile.report import progress as bars
+
+    wanted = driver.Options(driver.parse_batches(batch), repeats, kernels)
+    with bars.reporter(quiet or as_json) as progress:
+        result = driver.run(artifact, baseline, wanted, device, progress, **options)
+    if as_json:
+        click.echo(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        bench_tables.print_bench(result)
+
+
+@main.command()
+@click.argument("artifact", type=_file)
+@click.option("-o", "--output", type=_file, help="File to write (default: replace ARTIFACT).")
+@click.option("--batch", metavar="N,N", help="Batch sizes besides those of the file's plans.")
+@click.option("--budget", type=click.FloatRange(1), metavar="SECONDS", help="Stop the search after this time.")
+@click.option("--table", type=_file, metavar="FILE.json", help="Also write the tiles and times, even when interrupted.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+@_json
+@_debug
+@guarded
+def tune(
+    artifact: Path,
+    output: Path | None,
+    batch: str | None,
+    budget: float | None,
+    table: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measure tiles for the matrix kernels of ARTIFACT on the GPU present and write it with the fastest."""
+    from edadm_compile.driver import bench as batches
+    from edadm_compile.driver import tune as driver
+    from edadm_compile.report import bench_tables
+    from edadm_compile.report import progress as bars
+
+    with bars.reporter(quiet or as_json) as progress:
+        wanted = batches.parse_batches(batch)
+        result = driver.run(artifact, output or artifact, wanted, budget, table, progress)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    elif not quiet:
+        bench_tables.print_tune(result)
+    if result["interrupted"]:
+        click.echo(f"interrupted: {table or 'nothing'} was written", err=True)
+        sys.exit(130)
+
+
 if __name__ == "__main__":
     main()

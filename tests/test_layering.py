@@ -1,6 +1,8 @@
 """Who may import whom (docs/architecture.md): a module imports its own row and rows above it only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ RANK = {
 ALLOWED = {
     "diffusers": {"calibration", "frontend"}, "sklearn": {"calibration", "frontend"}, "safetensors": {"runtime", "frontend", "driver"},
     "click": {"cli"}, "rich": {"report", "driver", "cli"}, "PIL": {"driver", "report"}, "numpy": {"calibration", "evaluate", "report"},
+    "triton": {"kernels"}, "cuda": {"runtime"},
     "torch": set(RANK) - {"errors", "config", "cli"},
 }  # fmt: skip
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
@@ -45,8 +48,25 @@ def test_imports_go_upwards_only(path):
         elif package in ALLOWED:
             assert part in ALLOWED[package], f"{part} must not import {package}"
         else:
-            assert package in __import__("sys").stdlib_module_names, f"{path}: unknown dependency {package}"
+            assert package in sys.stdlib_module_names, f"{path}: unknown dependency {package}"
 
 
 def test_every_part_has_a_place():
     assert {_part(p) for p in FILES} <= set(RANK)
+
+
+def test_only_device_code_and_its_compiler_import_triton():
+    users = {p.relative_to(ROOT) for p in FILES if any(name.split(".")[0] == "triton" for name in _imports(p))}
+    assert users
+    assert all(str(p).startswith(("kernels/triton/", "kernels/gluon/", "kernels/aot_worker")) for p in users), users
+
+
+def test_a_runtime_needs_neither_triton_nor_a_compiler():
+    """Everything that loads and runs a file imports in a process where Triton cannot be imported."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import edadm_compile.runtime.session, edadm_compile.runtime.engines.cuda\n"
+        "from edadm_compile.kernels.registry import kernel, kernel_names\n"
+        "[kernel(name) for name in kernel_names()]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

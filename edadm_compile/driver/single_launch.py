@@ -21,7 +21,8 @@ from edadm_compile.lowering.layout import round_up
 from edadm_compile.runtime.engines.cuda_driver import Driver, cuda_driver
 from edadm_compile.runtime.engines.cuda_plan import PlanRunner
 
-Tensors = Callable[[str], Tensor]
+#: Share of codes that may differ by one from the reference kernel, whose multiply-adds round differently.
+_TIES = 0.01
 
 
 def isolate(plan: LaunchPlan, launch: Launch) -> LaunchPlan:
@@ -52,23 +53,25 @@ def fill(memory: Memory, seed: int = 0) -> None:
     """Random data in everything a launch of `memory` reads and no launch writes: zeros would save power, and so time.
 
     Codes are uniform over their type, floats standard normal, indices 0. The same role of the same shape gets the same
-    values in every plan.
+    values in every plan on one device.
     """
     for launch in memory.plan.launches:
         for role, operand in sorted(launch.operands.items()):
             if role in launch.writes or operand.space not in ("arena", "input"):
                 continue
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{role} {seed}".encode()))
+            generator = torch.Generator(memory.device).manual_seed(zlib.crc32(f"{role} {seed}".encode()))
             memory.view(operand).copy_(_random(operand.shape, operand.dtype, generator))
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    where = generator.device
     if dtype in (torch.int8, torch.uint8):
         info = torch.iinfo(dtype)
-        return torch.randint(info.min, info.max + 1, tuple(shape), generator=generator, dtype=torch.int16).to(dtype)
+        made = torch.randint(info.min, info.max + 1, tuple(shape), generator=generator, dtype=torch.int16, device=where)
+        return made.to(dtype)
     if dtype.is_floating_point:
-        return torch.randn(tuple(shape), generator=generator).to(dtype)
-    return torch.zeros(tuple(shape), dtype=dtype)
+        return torch.randn(tuple(shape), generator=generator, device=where).to(dtype)
+    return torch.zeros(tuple(shape), dtype=dtype, device=where)
 
 
 def operations(launch: Launch) -> int:
@@ -87,6 +90,17 @@ def operations(launch: Launch) -> int:
 def traffic(launch: Launch) -> int:
     """Bytes a launch must move: every element of every operand once (what the compiler reads again is not counted)."""
     return sum(math.prod(o.shape) * o.dtype.itemsize for o in launch.operands.values())
+
+
+def agrees(value: Tensor, expected: Tensor) -> bool:
+    """Codes up to ties, floats within two roundings of their type."""
+    if not value.dtype.is_floating_point:
+        distance = (value.int() - expected.int()).abs()
+        return int(distance.max()) <= 1 and float(distance.double().mean()) <= _TIES
+    unit = max(torch.finfo(value.dtype).eps, 1e-5)  # the fast activations are not exact to float32
+    finite = expected.double().nan_to_num(posinf=0.0, neginf=0.0).abs()
+    bound = 2 * unit * finite + 2e-6 * finite.max()  # terms may cancel: the largest value tells their size
+    return bool(((value == expected) | ((value.double() - expected.double()).abs() <= bound)).all())
 
 
 class Runner(Protocol):

@@ -90,7 +90,13 @@ def _plan(build: Builder, inputs: Mapping[str, Operand]) -> LaunchPlan:
 
 
 def _matrix(
-    settings: Settings, kernel: str, x: Operand, shape: tuple[int, ...], bits: int, constants: dict[str, Any], count: int
+    settings: Settings,
+    kernel: str,
+    x: Operand,
+    shape: tuple[int, ...],
+    bits: int,
+    constants: dict[str, Any],
+    count: int,
 ) -> Synthetic:
     """A convolution or linear layer that writes float16 and codes.
 

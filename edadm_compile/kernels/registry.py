@@ -18,7 +18,7 @@ from edadm_compile.kernels.launch import Launch
 #: Module of each kernel; every one of them defines ``KERNEL``.
 _MODULES = {
     name: f"edadm_compile.kernels.{name}"
-    for name in ("qconv2d", "qlinear", "groupnorm", "layernorm", "quantize", "attention")
+    for name in ("qconv2d", "qlinear", "groupnorm", "layernorm", "quantize", "attention", "attention_float")
 }
 
 Values = Mapping[str, Any]

@@ -42,7 +42,7 @@ MACHINES = {
 }  # fmt: skip
 #: (BLOCK_M, BLOCK_N, warps): share of the peak that a program reaches when the multiprocessor is full.
 _SHAPES = {
-    (128, 128, 4): 0.75, (128, 64, 4): 0.65, (64, 128, 4): 0.65, (64, 64, 4): 0.5, (32, 64, 4): 0.35,
+    (128, 128, 4): 0.75, (128, 128, 8): 0.72, (128, 64, 4): 0.65, (64, 128, 4): 0.65, (64, 64, 4): 0.5, (32, 64, 4): 0.35,
     (64, 32, 4): 0.35, (32, 32, 4): 0.22,
 }  # fmt: skip
 _SPLITS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
@@ -57,17 +57,19 @@ def tile_key(name: str, values: Mapping[str, Any]) -> str:
     return " ".join([name, *(f"{k}={int(values[k])}" for k in _KEY if values.get(k))])
 
 
-def choose(name: str, values: Mapping[str, Any], arch: str) -> Tile:
+def choose(name: str, values: Mapping[str, Any], arch: str, given: Mapping[str, Tile] | None = None) -> Tile:
     """The tile for a launch.
 
     Args:
         name: kernel.
         values: its constants and scalars.
         arch: "sm_90" and so on; "" (a plan for the CPU) is treated like sm_90.
+        given: tiles that come before everything else, by `tile_key`.
     """
     full = {**kernel(name).constants, **values}
-    measured = tuned(arch).get(tile_key(name, full))
-    if measured is not None and measured.sizes["BLOCK_K"] in _block_ks(full):
+    key = tile_key(name, full)
+    measured = (given or {}).get(key) or tuned(arch).get(key)
+    if measured is not None:
         return measured
     if name in ("qconv2d", "qlinear"):
         return min(candidates(full, arch), key=lambda tile: (cost(full, tile, arch), tile.sizes["SPLIT_K"]))
@@ -96,13 +98,29 @@ def candidates(values: Mapping[str, Any], arch: str) -> list[Tile]:
         for block_m, block_n, warps in _SHAPES:
             if (block_m > 32 and block_m >= 2 * values["O"]) or (block_n > 32 and block_n >= 2 * count):
                 continue
+            if not _fits_registers(values, block_m, block_n, block_k, warps, arch):
+                continue
             stages = _stages(values, block_m, block_n, block_k, arch)
             for split in _SPLITS:
                 if split > 1 and (values["SEGMENTS"] == 2 or values["GLU"] or split * 4 > steps):
                     continue
+                if split > 1 and (block_m, block_n, warps) == (128, 128, 4):
+                    continue  # spills on sm_90
                 sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT_K": split}
                 found.append(Tile(sizes, warps, stages))
     return found
+
+
+def _fits_registers(values: Mapping[str, Any], block_m: int, block_n: int, block_k: int, warps: int, arch: str) -> bool:
+    """Whether a tile compiles without spills: limits found by compiling it for all architectures."""
+    extras = sum(bool(values[name]) for name in ("ROW", "RESIDUAL", "ACT", "OUT_Q", "STATS"))
+    two = values["SEGMENTS"] == 2 or values["GLU"]
+    if (block_m, block_n, warps) == (128, 128, 4):
+        int4 = 4 in (values["BITS"], values["BITS2"])
+        return not two and extras < 2 and not (int4 and block_k == 128 and arch in ("sm_100", "sm_120"))
+    if (block_m, block_n, warps) == (128, 64, 4):
+        return not values["GLU"]
+    return True
 
 
 def _steps(values: Mapping[str, Any], block_k: int) -> int:
@@ -126,6 +144,8 @@ def cost(values: Mapping[str, Any], tile: Tile, arch: str) -> float:
     gates = 2 if values["GLU"] else 1
     tiles = cdiv(values["O"], block_m) * cdiv(count, block_n)
     share = _SHAPES[(block_m, block_n, tile.num_warps)]
+    if block_m < 64 and arch in ("sm_90", ""):
+        share *= 0.6  # too few rows for wgmma: the older instruction runs
     resident = max(1, min(4, 128 * 128 * 2 // (block_m * block_n * gates)))
     waves = cdiv(tiles * split, machine.sms * resident)
     together = min(resident, cdiv(tiles * split, machine.sms))
@@ -149,6 +169,4 @@ def tuned(arch: str) -> dict[str, Tile]:
 
 def parse_table(table: Mapping[str, Any]) -> dict[str, Tile]:
     """A measured table from JSON: {"tiles": {key: {"sizes": ..., "num_warps": ..., "num_stages": ...}}}."""
-    return {
-        key: Tile(dict(t["sizes"]), int(t["num_warps"]), int(t["num_stages"])) for key, t in table["tiles"].items()
-    }
+    return {key: Tile(dict(t["sizes"]), int(t["num_warps"]), int(t["num_stages"])) for key, t in table["tiles"].items()}

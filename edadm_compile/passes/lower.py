@@ -26,7 +26,8 @@ class Lower:
     1. conv2d(dequantize(x_q), dequantize_weight(w_q), b) → edadm::qconv2d(x_q, w_q, s_x * s_w, b')
     2. conv_transpose2d of the same → edadm::qconv_transpose2d
     3. linear of the same → edadm::qlinear
-    4. matmul(dequantize(a_q), dequantize(b_q)) → edadm::qmatmul(a_q, b_q, s_a * s_b)
+    4. matmul(dequantize(a_q), dequantize(b_q)) → edadm::qmatmul(a_q, b_q, s_a * s_b); where its only reader multiplies
+       with a number, that number joins the scale
     5. group_norm(x) → group_norm(contiguous(x)): torch adds in another order for other memory formats, and the result
        that defines what is right must not depend on how x happens to lie in memory
 
@@ -165,13 +166,24 @@ def _linear(program: Program, node: fx.Node, info: LayerInfo) -> None:
     node.args = (o.x_q, o.w_q, multiplier, bias, o.bits, o.shape)
 
 
+def _factor_after(node: fx.Node) -> float:
+    """The number that the only reader of a product multiplies it with; that multiplication is removed."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if user is None or user.op != "call_function" or op_name(user.target) not in ("aten.mul.Tensor", "aten.mul.Scalar"):
+        return 1.0
+    if user.args[0] is not node or not isinstance(user.args[1], (int, float)):
+        return 1.0
+    user.replace_all_uses_with(node)
+    return float(user.args[1])
+
+
 def _matmul(program: Program, node: fx.Node, info: LayerInfo) -> None:
     module = program.graph_module
     a, scale_a, zero_a = _codes(node.args[0])
     b, scale_b, zero_b = _codes(node.args[1])
     values = [get_constant(module, str(n.target)) for n in (scale_a, scale_b, zero_a, zero_b)]
     name = f"products.{node.name}.scale"
-    set_constant(module, name, values[0] * values[1])
+    set_constant(module, name, values[0] * values[1] * _factor_after(node))
     with module.graph.inserting_before(node):
         scale = module.graph.get_attr(name)
     node.target, node.kwargs = edadm.qmatmul.default, {}

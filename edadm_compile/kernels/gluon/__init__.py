@@ -1,0 +1,1 @@
+"""Device code in Gluon: sm_90 with matrix products that stay in flight."""

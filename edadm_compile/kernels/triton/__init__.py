@@ -1,0 +1,1 @@
+"""Triton device code, one file per kernel; imported only to compile or to interpret."""
