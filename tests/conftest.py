@@ -13,6 +13,14 @@ from edadm_compile.runtime.artifact import to_bytes
 from tests.graphs import TinyUNet, float_program, small_config, source_of
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Compiled kernels of the tests do not go into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def labelled_source():
     """A tiny UNet with five class labels."""

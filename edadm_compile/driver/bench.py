@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.driver import bench_inputs
-from edadm_compile.driver.bench_inputs import Truth
+from edadm_compile.driver.bench_inputs import Truth, plan_note
 from edadm_compile.driver.contenders import Contender, Predict, baseline_contenders, our_contenders, timed
 from edadm_compile.driver.machine import Device, describe_machine, pick_device
 from edadm_compile.driver.options import load_options
@@ -129,18 +129,6 @@ def _default_batches(loaded: Artifact, device: Device) -> tuple[int, ...]:
     if device.kind == "cuda" and loaded.device is not None:
         return loaded.device.batches(arch_of())
     return (loaded.lowered.signature.min_batch,)
-
-
-def plan_note(batch: int, plans: Sequence[int]) -> str:
-    """How an engine with plans for some batch sizes runs a call of `batch` images."""
-    if batch in plans:
-        return f"plan for {batch}"
-    largest = max(plans)
-    if batch < largest:
-        return f"no plan for {batch}: the plan for {min(p for p in plans if p > batch)}, filled up"
-    rest = batch % largest
-    tail = f" and {plan_note(rest, plans)}" if rest else ""
-    return f"no plan for {batch}: {batch // largest} times the plan for {largest}{tail}"
 
 
 @dataclass

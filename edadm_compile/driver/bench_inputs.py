@@ -76,6 +76,18 @@ def repeated(values: Sequence[Tensor], batch: int) -> list[Tensor]:
     return [v.repeat(-(-batch // len(v)), *[1] * (v.dim() - 1))[:batch] for v in values]
 
 
+def plan_note(batch: int, plans: Sequence[int]) -> str:
+    """How an engine with plans for some batch sizes runs a call of `batch` images."""
+    if batch in plans:
+        return f"plan for {batch}"
+    largest = max(plans)
+    if batch < largest:
+        return f"no plan for {batch}: the plan for {min(p for p in plans if p > batch)}, filled up"
+    rest = batch % largest
+    tail = f" and {plan_note(rest, plans)}" if rest else ""
+    return f"no plan for {batch}: {batch // largest} times the plan for {largest}{tail}"
+
+
 @dataclass(frozen=True)
 class Truth:
     """What is right for the inputs of the check.
@@ -116,17 +128,14 @@ class Agreement:
 def compare(result: Tensor, truth: Truth) -> Agreement:
     """Every row of a result [B, ...] against the truth for the row it repeats."""
     result = result.detach().float().cpu()
-    (reference,) = repeated([truth.reference], len(result))
-    against = None if truth.original is None else sqnr(repeated([truth.original], len(result))[0], result)
-    worst = min(_rowwise(reference, result), default=math.inf)
-    return Agreement(worst, against)
-
-
-def _rowwise(reference: Tensor, result: Tensor) -> list[float]:
-    """SQNR of each row alone: one wrong image of a large batch must show."""
-    if result.shape != reference.shape or not bool(result.isfinite().all()):
-        return [-math.inf]
-    return [sqnr(a, b) for a, b in zip(reference, result, strict=True)]
+    usable = result.shape[1:] == truth.reference.shape[1:] and bool(result.isfinite().all())
+    if not usable:
+        return Agreement(-math.inf, None if truth.original is None else -math.inf)
+    rows = zip(repeated([truth.reference], len(result))[0], result, strict=True)
+    worst = min(sqnr(reference, row) for reference, row in rows)  # one wrong image of a large batch must show
+    if truth.original is None:
+        return Agreement(worst, None)
+    return Agreement(worst, sqnr(repeated([truth.original], len(result))[0], result))
 
 
 def check(name: str, batch: int, found: Agreement, truth: Truth) -> None:

@@ -25,7 +25,8 @@ __all__ = ["KERNEL", "MAX_HEAD", "choose", "reference"]
 def choose(values: Values) -> Tile:
     """A sensible tile: smaller blocks of queries while the GPU is not full."""
     block_d = max(16, 1 << (values["D"] - 1).bit_length())
-    block_kv = 32 if block_d >= 256 or values["LK"] <= 32 else 64
+    ragged = block_d == 128 and values["LK"] % 64  # masks take the registers that a wider block would need
+    block_kv = 32 if block_d >= 256 or ragged or values["LK"] <= 32 else 64
     block_q, warps = (64, 4) if block_d < 256 else (64, 8)
     if block_d <= 64 and cdiv(values["LQ"], 128) * values["HEADS"] * values["batch"] >= 264:
         block_q, warps = 128, 4

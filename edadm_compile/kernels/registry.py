@@ -18,8 +18,11 @@ from edadm_compile.kernels.launch import Launch
 #: Module of each kernel; every one of them defines ``KERNEL``.
 _MODULES = {
     name: f"edadm_compile.kernels.{name}"
-    for name in ("qconv2d", "qlinear", "groupnorm", "layernorm", "quantize", "attention", "attention_float")
-}
+    for name in (
+        "qconv2d", "qlinear", "qconv2d_sm90", "qlinear_sm90", "groupnorm", "layernorm", "quantize", "attention",
+        "attention_float",
+    )
+}  # fmt: skip
 
 Values = Mapping[str, Any]
 

@@ -113,14 +113,15 @@ def candidates(values: Mapping[str, Any], arch: str) -> list[Tile]:
 
 def _fits_registers(values: Mapping[str, Any], block_m: int, block_n: int, block_k: int, warps: int, arch: str) -> bool:
     """Whether a tile compiles without spills: limits found by compiling it for all architectures."""
-    extras = sum(bool(values[name]) for name in ("ROW", "RESIDUAL", "ACT", "OUT_Q", "STATS"))
+    extras = sum(bool(values[name]) for name in ("ROW", "RESIDUAL", "ACT", "STATS"))
     two = values["SEGMENTS"] == 2 or values["GLU"]
     if (block_m, block_n, warps) == (128, 128, 4):
         int4 = 4 in (values["BITS"], values["BITS2"])
-        return not two and extras < 2 and not (int4 and block_k == 128 and arch in ("sm_100", "sm_120"))
-    if (block_m, block_n, warps) == (128, 64, 4):
-        return not values["GLU"]
-    return True
+        plain = not two and not extras and not (values["OUT"] and values["OUT_Q"])
+        return plain and not (int4 and block_k == 128 and arch in ("sm_100", "sm_120"))
+    if values["GLU"]:
+        return (block_m, block_n) == (64, 64) or (block_k < 128 and (block_m, block_n, warps) != (128, 64, 4))
+    return not (two and (block_m, block_n) == (32, 32))
 
 
 def _steps(values: Mapping[str, Any], block_k: int) -> int:

@@ -88,5 +88,9 @@ def _statistics_of(build: Builder, index: int, hw: int, batch: int) -> Operand:
     if launch.kernel == "qlinear":
         constants = {**constants, "ROWS_PER_IMAGE": hw}
     operands = {**launch.operands, "stats": stats}
-    build.launches[index] = replace(launch, operands=operands, constants=constants, writes=(*launch.writes, "stats"))
+    tile = launch.tile
+    if tile.sizes["BLOCK_M"] * tile.sizes["BLOCK_N"] == 128 * 128:  # four warps have no registers left for statistics
+        tile = replace(tile, num_warps=8)
+    writes = (*launch.writes, "stats")
+    build.launches[index] = replace(launch, operands=operands, constants=constants, writes=writes, tile=tile)
     return stats

@@ -3,11 +3,13 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
 from edadm_compile.cli import main
@@ -30,7 +32,8 @@ def _invoke(*args):
 def _arguments(folder, output):
     settings = folder / "settings.toml"
     settings.write_text(SETTINGS)
-    return [MODEL, "--w4a8", "--iters", 3, "--calib-samples", 16, "--steps", 10, "--config", settings, "-o", output]
+    return [MODEL, "--w4a8", "--iters", 3, "--calib-samples", 16, "--steps", 10, "--config", settings, "-o", output,
+            "--targets", "sm_90", "--batch", 1]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +61,10 @@ def test_the_summary_adds_up(compiled):
         and summary["config"] == "w4a8"
         and summary["bytes"]["file"] == path.stat().st_size
     )
-    assert summary["bytes"]["file"] < 0.5 * summary["bytes"]["fp16_parameters"]
+    with safe_open(path, framework="pt") as stored:
+        code = sum(stored.get_tensor(name).numel() for name in stored.keys() if name.startswith("device."))  # noqa: SIM118
+    assert code and summary["device"]["kernels"] > 20
+    assert summary["bytes"]["file"] - code < 0.5 * summary["bytes"]["fp16_parameters"]
     assert set(summary["layers"]) <= {"w4a8", "w8a8", "w8a16", "float", "table"} and summary["layers"]["w8a16"] == 1
     assert 4.0 < summary["average_weight_bits"] <= 4.7 and summary["weights"]["ratio_to_fp16"] < 0.32
     assert summary["sqnr_db"]["sqnr"] > 15 and len(summary["sqnr_db"]["per_step"]) == 10
@@ -207,14 +213,14 @@ def test_an_older_file_survives(old, monkeypatch, where, error):
         raise (error() if error is not None else CaptureError("stopped here"))
 
     if where == "write":  # as if everything before had gone well
-        monkeypatch.setattr(driver, "compile_source", lambda *args, **kwargs: None)
-        monkeypatch.setattr(driver, "to_artifact", lambda result: None)
+        monkeypatch.setattr(driver, "compile_source", lambda *args, **kwargs: SimpleNamespace(lowered=None, seconds={}))
+        monkeypatch.setattr(driver, "to_artifact", lambda result, device: None)
     monkeypatch.setattr(driver if where == "write" else pipeline, where, stop)
     if where == "collect":
         monkeypatch.setattr(pipeline, "run_passes", lambda program, *rest: program)
         monkeypatch.setattr(pipeline, "capture", lambda source: None)
         monkeypatch.setattr(pipeline, "_evaluations", lambda program, config: None)
-    message = _fails(130 if error is not None else 3, MODEL, "--w4a8", "-o", old, "--quiet")
+    message = _fails(130 if error is not None else 3, MODEL, "--w4a8", "-o", old, "--quiet", "--targets", "none")
     assert ("interrupted: nothing was written" if error is not None else "error: stopped here") in message
     assert old.read_bytes() == b"an older result" and [p.name for p in old.parent.iterdir()] == [old.name]
 
@@ -228,10 +234,10 @@ def test_ctrl_c_while_the_bytes_are_written(old, compiled, monkeypatch):
     def interrupt(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(driver, "compile_source", lambda *args, **kwargs: None)
-    monkeypatch.setattr(driver, "to_artifact", lambda result: read(compiled[0]))
+    monkeypatch.setattr(driver, "compile_source", lambda *args, **kwargs: SimpleNamespace(lowered=None, seconds={}))
+    monkeypatch.setattr(driver, "to_artifact", lambda result, device: read(compiled[0]))
     monkeypatch.setattr(os, "fsync", interrupt)
-    assert "interrupted" in _fails(130, MODEL, "--w4a8", "-o", old, "--quiet")
+    assert "interrupted" in _fails(130, MODEL, "--w4a8", "-o", old, "--quiet", "--targets", "none")
     assert old.read_bytes() == b"an older result" and [p.name for p in old.parent.iterdir()] == [old.name]
 
 

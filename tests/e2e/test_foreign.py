@@ -25,7 +25,20 @@ from edadm_compile.runtime.session import CompiledModel, from_artifact, load
 from tests.models.foreign import SIZE, build, build_with_labels
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 100, "beta_schedule": "linear"}
-SMALL = ["--steps", "3", "--calib-samples", "8", "--iters", "2", "--seed", "3", "--json", "--debug"]
+SMALL = [
+    "--steps",
+    "3",
+    "--calib-samples",
+    "8",
+    "--iters",
+    "2",
+    "--seed",
+    "3",
+    "--targets",
+    "none",
+    "--json",
+    "--debug",
+]
 FACTORY = ["--factory", "tests.models.foreign:build"]
 LAYER_TYPES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 

@@ -71,7 +71,8 @@ def finish_tile(
         tl.debug_barrier()  # the memory is that of the operands, which other warps may have read until now
         whole.store(acc)
         tl.debug_barrier()
-        for chunk in range(CHUNKS + gl.program_id(2)):  # plus 0: a loop, not CHUNKS copies of the code
+        # A chunk all of which lies behind the last pixel is left out: the row of its image does not exist.
+        for chunk in range(gl.minimum(gl.cdiv(pixels - tile_n * BLOCK_N, CHUNK), CHUNKS)):
             finish_chunk(
                 staging.index(chunk).load(layout), rows, tile_n * BLOCK_N + chunk * CHUNK, tile_n * CHUNKS + chunk,
                 pixels, multiplier_ptr, bias_ptr, row_ptr, residual_ptr, post_ptr, out_ptr, out_q_ptr, stats_ptr,

@@ -55,7 +55,9 @@ def attention_float(
 ):  # fmt: skip
     """BLOCK_Q queries of one head of one image; see `edadm_compile.kernels.attention_float`."""
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
-    WHOLE: tl.constexpr = LK // BLOCK_KV * BLOCK_KV  # keys in blocks that need no mask
+    # Keys in blocks that need no mask. With few keys a second copy of the step costs more registers than masks do.
+    WHOLE: tl.constexpr = LK // BLOCK_KV * BLOCK_KV if LK % BLOCK_KV == 0 or LK >= 16 * BLOCK_KV else 0
+    once = tl.minimum(batch, 1)  # 1, but the compiler must not unroll the loops
     image, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row, column = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     k_base = k_ptr + image * K_BATCH + head * K_HEAD
@@ -65,10 +67,11 @@ def attention_float(
         tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32),
         tl.zeros([BLOCK_Q, BLOCK_D], tl.float32),
     )  # fmt: skip
-    for start in range(0, WHOLE, BLOCK_KV):
+    for start in range(0, WHOLE * once, BLOCK_KV):
         state = _step(state, q, k_base, v_base, start, column, SCALE * LOG2_E, BLOCK_KV, LK, D, K_ROW, V_ROW, False)
     if WHOLE < LK:
-        state = _step(state, q, k_base, v_base, WHOLE, column, SCALE * LOG2_E, BLOCK_KV, LK, D, K_ROW, V_ROW, True)
+        for start in range(WHOLE, LK * once, BLOCK_KV):
+            state = _step(state, q, k_base, v_base, start, column, SCALE * LOG2_E, BLOCK_KV, LK, D, K_ROW, V_ROW, True)
     _, total, acc = state
     result = tl.div_rn(acc, total[:, None] + tl.zeros_like(acc))
     mask = (row < LQ)[:, None] & (column < D)[None, :]

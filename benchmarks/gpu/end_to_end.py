@@ -1,0 +1,123 @@
+"""Whole UNets of published configurations with random weights: compiled on the spot, checked, timed beside torch.
+
+    python -m benchmarks.gpu.end_to_end --model sd15 --batch 1,8 --out FILE.json
+
+Quality means nothing here (random weights, a handful of calibration samples, rounded to nearest); times do not depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from edadm_compile.config import QuantConfig, ReconstructionConfig, TdacConfig
+from edadm_compile.driver import bench
+from edadm_compile.driver.compile import to_artifact
+from edadm_compile.driver.contenders import BASELINES
+from edadm_compile.driver.device_code import DeviceOptions, build
+from edadm_compile.driver.machine import pick_device
+from edadm_compile.frontend import Source, source_from_module
+from edadm_compile.ir.program import SamplerSpec
+from edadm_compile.kernels.targets import arch_of
+from edadm_compile.pipeline import compile_source
+from edadm_compile.report.progress import LineProgress
+from edadm_compile.runtime.artifact import read, write
+
+_SAMPLER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+}
+_STEPS = 4
+_BLOCK, _CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+CONFIGS: dict[str, dict[str, Any]] = {
+    "cifar10": {
+        "sample_size": 32, "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
+        "block_out_channels": (128, 256, 256, 256), "attention_head_dim": None,
+        "down_block_types": (_BLOCK, "AttnDownBlock2D", _BLOCK, _BLOCK),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "tiny": {
+        "sample_size": 8, "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "norm_num_groups": 8,
+        "block_out_channels": (16, 32), "attention_head_dim": 8,
+        "down_block_types": (_BLOCK, "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+}  # fmt: skip
+
+
+def source(name: str) -> Source:
+    """A model of a published configuration with random weights; the same ones every time."""
+    torch.manual_seed(0)
+    config = CONFIGS[name]
+    sampler = SamplerSpec(_SAMPLER, _STEPS)
+    if "cross_attention_dim" not in config:
+        return source_from_module(diffusers.UNet2DModel(**config), sampler)
+    context = torch.randn(4, 77, config["cross_attention_dim"])
+    module = diffusers.UNet2DConditionModel(**config)
+    return source_from_module(module, sampler, conditions={"encoder_hidden_states": context})
+
+
+def compile_model(made: Source, output: Path, batches: tuple[int, ...], targets: tuple[str, ...], bits: int) -> float:
+    """Compile quickly; returns the seconds it took."""
+    start = time.perf_counter()
+    config = QuantConfig(
+        bits, 8, method="minmax", calib_samples=4, tdac=TdacConfig(trajectories=1),
+        reconstruction=ReconstructionConfig(iters=0),
+    )  # fmt: skip
+    result = compile_source(made, config, LineProgress(), quality=False)
+    write(to_artifact(result, build(result.lowered, DeviceOptions(targets, batches), LineProgress())), output)
+    return time.perf_counter() - start
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compile, measure and write one JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--model", choices=CONFIGS, default="cifar10")
+    parser.add_argument("--batch", default="1,8")
+    parser.add_argument("--bits", type=int, default=4, help="of the weights")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it can take minutes)")
+    parser.add_argument("--keep", type=Path, help="keep the compiled file here")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    name, targets = ("tiny", ()) if args.dry_run else (args.model, (arch_of(0),))
+    batches = tuple(int(b) for b in args.batch.split(","))
+    device = pick_device("cpu" if args.dry_run else "cuda")
+    made = source(name)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.keep or Path(folder) / f"{name}.qmod"
+        seconds = compile_model(made, path, batches, targets, args.bits)
+        print(f"compiled in {seconds:.0f} s", flush=True)
+        loaded, rounds = read(path), 2 if args.dry_run else args.repeats
+        about = {"model": name, "bits": args.bits, "compile_seconds": seconds, "dry_run": args.dry_run}
+        quick = [n for n in BASELINES[device.kind] if "compile" not in n]
+        options = bench.Options(batches, rounds, args.kernels, quick)
+        result = bench.measure(path, loaded, made, options, device, LineProgress())
+        _write(args.out, result | about)
+        if args.no_compile or args.dry_run:
+            return
+        for i, batch in enumerate(batches):  # torch.compile can take minutes: what is there so far is safe
+            again = bench.measure(path, loaded, made, bench.Options((batch,), rounds), device, LineProgress())
+            result["batches"][i] = again["batches"][0]
+            _write(args.out, result | about)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["batches"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
