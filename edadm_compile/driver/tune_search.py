@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from edadm_compile.driver.single_launch import isolate
 from edadm_compile.errors import TargetError
 from edadm_compile.ir.program import Program
-from edadm_compile.kernels import tiles
+from edadm_compile.kernels import qconv2d_sm90, tiles
 from edadm_compile.kernels.launch import Launch, LaunchPlan, Tile
 from edadm_compile.kernels.registry import kernel
 from edadm_compile.lowering.builder import Target
@@ -17,7 +17,7 @@ from edadm_compile.lowering.schedule import make_plan
 from edadm_compile.passes.base import Progress
 
 #: Kernels whose tiles are searched.
-TUNED = ("qconv2d", "qlinear")
+TUNED = ("qconv2d", "qlinear", "qconv2d_sm90", "qlinear_sm90")
 #: Candidates of the cost model, and how many of the best are tried with other pipeline depths too.
 CANDIDATES, DEEP = 9, 2
 #: Microseconds of one plan of one launch; `TargetError` for one that cannot run or computes something else.
@@ -74,7 +74,8 @@ def shortlist(launch: Launch, arch: str) -> list[Tile]:
     ranked = sorted(tiles.candidates(values, arch), key=lambda tile: tiles.cost(values, tile, arch))[:CANDIDATES]
     deep = [replace(tile, num_stages=stages) for tile in ranked[:DEEP] for stages in (2, 3, 4)]
     found: list[Tile] = []
-    for tile in (launch.tile, *ranked, *deep):
+    asynchronous = qconv2d_sm90.candidates(values) if arch == "sm_90" else []
+    for tile in (launch.tile, *ranked, *asynchronous, *deep):
         if tile not in found:
             found.append(tile)
     return found

@@ -54,7 +54,21 @@ _PARTIALS = 0.5
 
 def tile_key(name: str, values: Mapping[str, Any]) -> str:
     """The shape of a launch as text: what a measured table is indexed by."""
-    return " ".join([name, *(f"{k}={int(values[k])}" for k in _KEY if values.get(k))])
+    return " ".join([name.removesuffix("_sm90"), *(f"{k}={int(values[k])}" for k in _KEY if values.get(k))])
+
+
+def is_asynchronous(tile: Tile) -> bool:
+    """Whether a tile is one of the asynchronous sm_90 kernels (``qconv2d_sm90``), which alone have STAGES."""
+    return "STAGES" in tile.sizes
+
+
+def _usable(name: str, values: Mapping[str, Any], tile: Tile, arch: str) -> bool:
+    """Whether a measured tile fits this launch: a table knows shapes, not everything a launch fuses."""
+    if not is_asynchronous(tile):
+        return True
+    from edadm_compile.kernels import qconv2d_sm90  # which chooses among the tiles of this module
+
+    return arch == "sm_90" and not qconv2d_sm90.supports({**values, **tile.sizes}, tile.num_warps)
 
 
 def choose(name: str, values: Mapping[str, Any], arch: str, given: Mapping[str, Tile] | None = None) -> Tile:
@@ -69,7 +83,7 @@ def choose(name: str, values: Mapping[str, Any], arch: str, given: Mapping[str, 
     full = {**kernel(name).constants, **values}
     key = tile_key(name, full)
     measured = (given or {}).get(key) or tuned(arch).get(key)
-    if measured is not None:
+    if measured is not None and _usable(name, full, measured, arch):
         return measured
     if name in ("qconv2d", "qlinear"):
         return min(candidates(full, arch), key=lambda tile: (cost(full, tile, arch), tile.sizes["SPLIT_K"]))

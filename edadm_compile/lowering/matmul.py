@@ -11,6 +11,7 @@ from torch import fx
 
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import layer_of
+from edadm_compile.kernels import tiles
 from edadm_compile.kernels.launch import Launch, Operand
 from edadm_compile.lowering.builder import present
 from edadm_compile.lowering.groups import MatmulGroup, activation_code
@@ -346,4 +347,6 @@ def _finish(
         operands["counter"] = Operand("counter", 0, torch.int32, (programs,), (1,))
         build.counters = max(build.counters, programs)
         writes = (*writes, "partial", "counter")
+    if tiles.is_asynchronous(tile):
+        kernel = f"{kernel}_sm90"
     build.launch(Launch(kernel, "+".join(group.names), present(operands), constants, scalars, tile, writes))

@@ -12,7 +12,9 @@ from dataclasses import replace
 
 import torch
 
+from edadm_compile.kernels import qconv2d_sm90, tiles
 from edadm_compile.kernels.launch import Launch, Operand
+from edadm_compile.kernels.registry import kernel
 from edadm_compile.lowering.builder import Builder
 
 #: Elements of one group that a program keeps in registers between its two passes.
@@ -70,8 +72,12 @@ def _producer(build: Builder, index: int, value: Operand) -> int | None:
 def _can_tell(producer: Launch, value: Operand, hw: int) -> bool:
     """Whether a launch can write statistics of exactly this value."""
     c = producer.constants
-    if producer.kernel not in ("qconv2d", "qlinear") or not c.get("OUT") or c.get("GLU") or c.get("OUT_NCHW"):
+    if "BLOCK_N" not in producer.tile.sizes or not c.get("OUT") or c.get("GLU") or c.get("OUT_NCHW"):
         return False
+    if tiles.is_asynchronous(producer.tile):
+        values = {**kernel(producer.kernel).values(producer), "STATS": True}
+        if qconv2d_sm90.supports(values, producer.tile.num_warps):
+            return False
     block = producer.tile.sizes["BLOCK_N"]
     whole = value.offset == 0 and value.shape[-1] == c["O"]
     return whole and hw % block == 0 and hw // block <= _MOST_TILES
@@ -82,14 +88,16 @@ def _statistics_of(build: Builder, index: int, hw: int, batch: int) -> Operand:
     launch = build.launches[index]
     if "stats" in launch.operands:
         return launch.operands["stats"]
-    channels, tiles = int(launch.constants["O"]), hw // launch.tile.sizes["BLOCK_N"]
-    stats = build.buffer((batch, tiles, 2, channels), torch.float32, f"{launch.layer} statistics")
+    channels, count = int(launch.constants["O"]), hw // launch.tile.sizes["BLOCK_N"]
+    stats = build.buffer((batch, count, 2, channels), torch.float32, f"{launch.layer} statistics")
     constants: Mapping[str, int | float | bool] = {**launch.constants, "STATS": True}
-    if launch.kernel == "qlinear":
+    if launch.kernel.startswith("qlinear"):
         constants = {**constants, "ROWS_PER_IMAGE": hw}
     operands = {**launch.operands, "stats": stats}
     tile = launch.tile
-    if tile.sizes["BLOCK_M"] * tile.sizes["BLOCK_N"] == 128 * 128:  # four warps have no registers left for statistics
+    if (
+        not tiles.is_asynchronous(tile) and tile.sizes["BLOCK_M"] * tile.sizes["BLOCK_N"] == 128 * 128
+    ):  # four warps have no registers left for statistics
         tile = replace(tile, num_warps=8)
     writes = (*launch.writes, "stats")
     build.launches[index] = replace(launch, operands=operands, constants=constants, writes=writes, tile=tile)

@@ -23,7 +23,11 @@ def launch(shape, dtype=torch.float32, stride=0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     channels = heads * size
     tensors = {}
-    for role, length in (("q", queries), ("k", keys), ("v", keys)):  # inside wider rows, as merged projections leave them
+    for role, length in (
+        ("q", queries),
+        ("k", keys),
+        ("v", keys),
+    ):  # inside wider rows, as merged projections leave them
         rows = torch.full((batch, length, channels + stride), float("nan"), dtype=dtype)
         rows[..., :channels] = torch.randn((batch, length, channels), generator=generator).to(dtype)
         tensors[role] = rows[..., :channels].unflatten(-1, (heads, size))
@@ -57,7 +61,9 @@ def test_kernel(shape, stride):
     """float32: within a few roundings of float64; codes follow from the result; only the first LQ rows are written."""
     tensors, values = launch(shape, stride=stride)
     if values["batch"] > 1:  # rows of an image end where the next begins
-        tensors["out"], tensors["out_q"] = (t[:, : values["LQ"]].contiguous() for t in (tensors["out"], tensors["out_q"]))
+        tensors["out"], tensors["out_q"] = (
+            t[:, : values["LQ"]].contiguous() for t in (tensors["out"], tensors["out_q"])
+        )
     interpret(tensors, values)
     out, codes = (tensors[role][:, : values["LQ"]] for role in ("out", "out_q"))
     wanted = expected(tensors)
@@ -72,7 +78,9 @@ def test_half_precision(shape):
     """float16 operands: probabilities and result are rounded to 11 bits, sums are float32."""
     tensors, values = launch(shape, torch.float16)
     if values["batch"] > 1:
-        tensors["out"], tensors["out_q"] = (t[:, : values["LQ"]].contiguous() for t in (tensors["out"], tensors["out_q"]))
+        tensors["out"], tensors["out_q"] = (
+            t[:, : values["LQ"]].contiguous() for t in (tensors["out"], tensors["out_q"])
+        )
     interpret(tensors, values)
     wanted = expected(tensors)
     bound = 2.0**-10 * float(tensors["v"].abs().max()) + 2.0**-11 * wanted.abs()

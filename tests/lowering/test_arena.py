@@ -26,7 +26,7 @@ def test_living_buffers_never_share_bytes(lives):
     placed, size = arena.plan(buffers)
     used = [b for b in placed if b.size]
     assert not any(overlapping(a, b) for i, a in enumerate(used) for b in used[:i])
-    assert all(b.offset % ALIGNMENT == 0 and 0 <= b.offset and b.offset + b.size <= size for b in placed)
+    assert all(b.offset % ALIGNMENT == 0 and b.offset >= 0 and b.offset + b.size <= size for b in placed)
 
 
 def test_one_after_the_other_takes_the_room_of_the_largest():

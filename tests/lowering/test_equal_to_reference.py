@@ -47,7 +47,11 @@ def test_layers_left_in_float_keep_their_weights():
     known = {info.name for info in layers(program)}
     chosen = tuple(n for n in names if n in known and "block2.emb" not in n)
     plan, inputs = plan_of(program, float_layers=chosen), inputs_of(program, 2)
-    left = [launch.layer for launch in plan.launches if launch.call and launch.call[0] in ("aten.conv2d.default", "aten.linear.default")]
+    left = [
+        launch.layer
+        for launch in plan.launches
+        if launch.call and launch.call[0] in ("aten.conv2d.default", "aten.linear.default")
+    ]
     assert sorted(left) == sorted(chosen) and len(chosen) == 2
     with torch.no_grad():
         expected = program(*inputs)
