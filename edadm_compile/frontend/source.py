@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +56,10 @@ class Source:
         return 2 * self.parameters()
 
     def provenance(self) -> dict[str, Any]:
-        """Where the model came from."""
-        return {**self.origin, "class": self.signature.source, "parameters": self.parameters()}
+        """Where the model came from; the configuration of a diffusers model too, which pipelines read."""
+        config = getattr(self.module, "config", None)
+        extra = {"config": _plain(config)} if isinstance(config, Mapping) else {}
+        return {**self.origin, "class": self.signature.source, "parameters": self.parameters(), **extra}
 
     def denoiser(self) -> Any:
         """The float model as ``(x, t, *conditions) -> noise``: the eager module, else the exported program."""
@@ -71,6 +74,18 @@ class Source:
                 return pick_tensor(module(x, t.to(dtype), **dict(zip(names, conditions, strict=True)), **self.fixed))
 
         return call
+
+
+def _plain(value: Any) -> Any:
+    """A configuration without what JSON cannot hold (such entries, and those of a path on this machine, are left out)."""
+    if isinstance(value, Mapping):
+        kept = {str(k): v for k, v in value.items() if not str(k).startswith("_")}
+        return {
+            k: _plain(v)
+            for k, v in kept.items()
+            if isinstance(v, (str, int, float, bool, list, tuple, Mapping, type(None)))
+        }
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def source_from_module(

@@ -26,6 +26,16 @@ class UNetOutput:
         return (self.sample,)[index]
 
 
+class Config(dict[str, Any]):
+    """A configuration with its entries as attributes, like diffusers' own."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the source model's configuration has no {name!r}") from None
+
+
 class CompiledModel(nn.Module):
     """An integer program with its source model's call signature.
 
@@ -48,6 +58,21 @@ class CompiledModel(nn.Module):
     def sampler(self) -> SamplerSpec:
         """The sampler the model was compiled for."""
         return self.artifact.lowered.sampler
+
+    @property
+    def config(self) -> Config:
+        """The source model's configuration, where it had one (diffusers pipelines read sizes from it)."""
+        return Config(self.artifact.manifest.get("source", {}).get("config", {}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the inputs that are not converted."""
+        return self.signature.inputs[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where predictions come from."""
+        return torch.device(getattr(self.engine, "device", "cpu"))
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predict the noise.

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from edadm_compile.errors import InputError
+from edadm_compile.errors import InputError, TargetError
 from edadm_compile.runtime.artifact import write
 from edadm_compile.runtime.session import from_artifact, load
 from tests.graphs import inputs_for
@@ -101,7 +101,48 @@ def test_large_batches_are_sliced(artifact, limit):
 
 
 def test_unknown_engines_and_devices_are_refused(artifact):
-    with pytest.raises(InputError, match="'magic'"):
-        from_artifact(artifact, engine="magic")
-    with pytest.raises(InputError, match="'cuda'"):
+    with pytest.raises(InputError, match="engine: got 'fast', on cpu allowed reference"):
+        from_artifact(artifact, engine="fast")
+    for device in ("tpu", "meta"):
+        with pytest.raises(InputError, match=f"device: got '{device}', allowed cpu, cuda"):
+            from_artifact(artifact, device=device)
+    expected = "no GPU code" if torch.cuda.is_available() else "no CUDA GPU"
+    with pytest.raises(TargetError, match=expected):
         from_artifact(artifact, device="cuda")
+
+
+def test_a_compiled_unet_takes_its_place_in_a_diffusers_pipeline():
+    """Loaded instead of the original: same images from the same noise, up to 8-bit codes."""
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    from edadm_compile.config import QuantConfig
+    from edadm_compile.driver.compile import to_artifact
+    from edadm_compile.pipeline import compile_source
+    from edadm_compile.runtime.artifact import Artifact
+    from edadm_compile.runtime.session import from_artifact
+    from tests.graphs import source_of
+    from tests.lowering.plans import QUICK
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    config = QuantConfig(**{**QUICK, "weight_bits": 8})
+    result = compile_source(source_of(unet, (3, 8, 8), 2), config, quality=False)
+    artifact = to_artifact(result)
+    assert isinstance(artifact, Artifact)
+    pipe = DDIMPipeline(unet=unet, scheduler=DDIMScheduler(num_train_timesteps=100))
+    pipe.set_progress_bar_config(disable=True)
+
+    def images():
+        generator = torch.Generator().manual_seed(3)
+        return pipe(batch_size=2, generator=generator, num_inference_steps=2, output_type="np").images
+
+    original = images()
+    pipe.unet = from_artifact(artifact)
+    assert pipe.unet.config.sample_size == 8 and pipe.unet.config.in_channels == 3
+    compiled = images()
+    assert compiled.shape == original.shape and 0 < abs(compiled - original).max() < 0.25
+    with pytest.raises(AttributeError, match="no 'nothing'"):
+        _ = pipe.unet.config.nothing
