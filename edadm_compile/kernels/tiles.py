@@ -112,21 +112,21 @@ def candidates(values: Mapping[str, Any], arch: str) -> list[Tile]:
         for block_m, block_n, warps in _SHAPES:
             if (block_m > 32 and block_m >= 2 * values["O"]) or (block_n > 32 and block_n >= 2 * count):
                 continue
-            if not _fits_registers(values, block_m, block_n, block_k, warps, arch):
+            if not _compiles_well(values, block_m, block_n, block_k, warps, arch):
                 continue
             stages = _stages(values, block_m, block_n, block_k, arch)
             for split in _SPLITS:
                 if split > 1 and (values["SEGMENTS"] == 2 or values["GLU"] or split * 4 > steps):
                     continue
-                if split > 1 and (block_m, block_n, warps) == (128, 128, 4):
-                    continue  # spills on sm_90
+                if split > 1 and block_m == 128 and block_n * block_k >= 64 * 128 and warps == 4:
+                    continue  # spills on sm_89 and sm_90
                 sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLIT_K": split}
                 found.append(Tile(sizes, warps, stages))
     return found
 
 
-def _fits_registers(values: Mapping[str, Any], block_m: int, block_n: int, block_k: int, warps: int, arch: str) -> bool:
-    """Whether a tile compiles without spills: limits found by compiling it for all architectures."""
+def _compiles_well(values: Mapping[str, Any], block_m: int, block_n: int, block_k: int, warps: int, arch: str) -> bool:
+    """Whether a tile compiles without spills and byte-wise loads: found by compiling for all architectures."""
     extras = sum(bool(values[name]) for name in ("ROW", "RESIDUAL", "ACT", "STATS"))
     two = values["SEGMENTS"] == 2 or values["GLU"]
     if (block_m, block_n, warps) == (128, 128, 4):
@@ -135,7 +135,8 @@ def _fits_registers(values: Mapping[str, Any], block_m: int, block_n: int, block
         return plain and not (int4 and block_k == 128 and arch in ("sm_100", "sm_120"))
     if values["GLU"]:
         return (block_m, block_n) == (64, 64) or (block_k < 128 and (block_m, block_n, warps) != (128, 64, 4))
-    return not (two and (block_m, block_n) == (32, 32))
+    # the smallest tile in deep steps loads its operands byte by byte on sm_80, 86 and 89
+    return (block_m, block_n) != (32, 32) or (block_k < 128 and not two)
 
 
 def _steps(values: Mapping[str, Any], block_k: int) -> int:

@@ -17,8 +17,8 @@ from edadm_compile.ir.ops import op_name
 from edadm_compile.kernels.attention import MAX_HEAD
 from edadm_compile.kernels.launch import Launch, Operand
 from edadm_compile.lowering.builder import present
+from edadm_compile.lowering.codes import code_range, post_of
 from edadm_compile.lowering.groups import QUANTIZE, Group
-from edadm_compile.lowering.matmul import code_range, post_of
 
 if TYPE_CHECKING:
     from edadm_compile.lowering.planner import Planner

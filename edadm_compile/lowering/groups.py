@@ -31,6 +31,20 @@ def is_byte_quantize(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node.target) == QUANTIZE and int(node.args[3]) <= 8  # type: ignore[arg-type]
 
 
+class Deferred:
+    """A value that is not in memory: its consumer reads the parts instead, or asks for it to be written."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+
+class Codes16:
+    """16-bit codes as two int8 planes."""
+
+    def __init__(self, hi: Operand, lo: Operand) -> None:
+        self.hi, self.lo = hi, lo
+
+
 @dataclass
 class Group:
     """Nodes that become one launch.

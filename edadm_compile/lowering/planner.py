@@ -16,10 +16,12 @@ from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.kernels.launch import ConstantSpec, Launch, Operand
 from edadm_compile.kernels.library import encode
-from edadm_compile.lowering import attention, fusion, matmul, norms
+from edadm_compile.lowering import attention, elements, fusion, matmul, matmul_launch, norms
 from edadm_compile.lowering.builder import Builder, Target
 from edadm_compile.lowering.groups import (
     QUANTIZE,
+    Codes16,
+    Deferred,
     ElementGroup,
     Group,
     MatmulGroup,
@@ -40,20 +42,6 @@ _VIEWS = frozenset(
 )  # fmt: skip
 #: Operators whose result is only described; they are computed when somebody needs the memory.
 _DEFERRED = frozenset(("aten.cat.default", "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default"))
-
-
-class Deferred:
-    """A value that is not in memory: its consumer reads the parts instead, or asks for it to be written."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-
-
-class Codes16:
-    """16-bit codes as two int8 planes."""
-
-    def __init__(self, hi: Operand, lo: Operand) -> None:
-        self.hi, self.lo = hi, lo
 
 
 class Planner:
@@ -110,7 +98,7 @@ class Planner:
             matmul.start(self, node)
             or norms.start(self, node)
             or attention.start(self, node)
-            or (activation_code(node) and norms.start_element(self, node))
+            or (activation_code(node) and elements.start_element(self, node))
         ):
             return
         else:
@@ -134,7 +122,7 @@ class Planner:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         self.operand(source)  # emits the open group that makes the source, which may write these codes as well
-        if node not in self.values and not norms.emit_quantize(self, node):
+        if node not in self.values and not elements.emit_quantize(self, node):
             self.library(node, "no kernel for codes of this memory layout")
 
     def _output(self, node: fx.Node) -> None:
@@ -185,13 +173,13 @@ class Planner:
         """Emit a group."""
         self.open.pop(group.out.key)
         if isinstance(group, MatmulGroup):
-            matmul.emit(self, group)
+            matmul_launch.emit(self, group)
         elif isinstance(group, NormGroup):
             norms.emit(self, group)
         elif isinstance(group, attention.AttentionGroup):
             attention.emit(self, group)
         elif isinstance(group, ElementGroup):
-            norms.emit_element(self, group)
+            elements.emit_element(self, group)
 
     def outputs_of(self, group: Group) -> tuple[bool, fx.Node | None]:
         """Whether the float value of a group is read, and the quantizer it can feed itself."""
