@@ -110,6 +110,16 @@ def fake_values(program: Program, batch: int) -> dict[fx.Node, Any]:
     return dict(recorder.env)
 
 
+def factor_after(node: fx.Node) -> tuple[float, fx.Node | None]:
+    """The number that the only reader of a node multiplies it with, and that reader; (1, None) if it does not."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if user is None or user.op != "call_function" or op_name(user.target) not in ("aten.mul.Tensor", "aten.mul.Scalar"):
+        return 1.0, None
+    if user.args[0] is not node or not isinstance(user.args[1], (int, float)):
+        return 1.0, None
+    return float(user.args[1]), user
+
+
 def topological(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
     """`nodes` in graph order."""
     wanted = set(nodes)

@@ -110,7 +110,7 @@ def candidates(values: Mapping[str, Any], arch: str) -> list[Tile]:
     for block_k in _block_ks(values):
         steps = _steps(values, block_k)
         for block_m, block_n, warps in _SHAPES:
-            if (block_m > 32 and block_m >= 2 * values["O"]) or (block_n > 32 and block_n >= 2 * count):
+            if (block_m > 64 and block_m >= 2 * values["O"]) or (block_n > 64 and block_n >= 2 * count):
                 continue
             if not _compiles_well(values, block_m, block_n, block_k, warps, arch):
                 continue
@@ -134,7 +134,8 @@ def _compiles_well(values: Mapping[str, Any], block_m: int, block_n: int, block_
         plain = not two and not extras and not (values["OUT"] and values["OUT_Q"])
         return plain and not (int4 and block_k == 128 and arch in ("sm_100", "sm_120"))
     if values["GLU"]:
-        return (block_m, block_n) == (64, 64) or (block_k < 128 and (block_m, block_n, warps) != (128, 64, 4))
+        small = block_m * block_n <= 64 * 64 and (block_m, block_n) != (32, 32)
+        return small or (block_k < 128 and block_m * block_n > 64 * 64 and (block_m, block_n, warps) != (128, 64, 4))
     # the smallest tile in deep steps loads its operands byte by byte on sm_80, 86 and 89
     return (block_m, block_n) != (32, 32) or (block_k < 128 and not two)
 

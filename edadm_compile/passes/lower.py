@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edadm_compile.ir.analysis import constant_target, propagate_shapes
+from edadm_compile.ir.analysis import constant_target, factor_after, propagate_shapes
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import LayerInfo, Program, child_name, get_constant, layer_of, set_constant
 from edadm_compile.passes.base import Context, PassResult, finish
@@ -166,24 +166,16 @@ def _linear(program: Program, node: fx.Node, info: LayerInfo) -> None:
     node.args = (o.x_q, o.w_q, multiplier, bias, o.bits, o.shape)
 
 
-def _factor_after(node: fx.Node) -> float:
-    """The number that the only reader of a product multiplies it with; that multiplication is removed."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or user.op != "call_function" or op_name(user.target) not in ("aten.mul.Tensor", "aten.mul.Scalar"):
-        return 1.0
-    if user.args[0] is not node or not isinstance(user.args[1], (int, float)):
-        return 1.0
-    user.replace_all_uses_with(node)
-    return float(user.args[1])
-
-
 def _matmul(program: Program, node: fx.Node, info: LayerInfo) -> None:
     module = program.graph_module
     a, scale_a, zero_a = _codes(node.args[0])
     b, scale_b, zero_b = _codes(node.args[1])
     values = [get_constant(module, str(n.target)) for n in (scale_a, scale_b, zero_a, zero_b)]
     name = f"products.{node.name}.scale"
-    set_constant(module, name, values[0] * values[1] * _factor_after(node))
+    factor, scaled = factor_after(node)
+    if scaled is not None:
+        scaled.replace_all_uses_with(node)
+    set_constant(module, name, values[0] * values[1] * factor)
     with module.graph.inserting_before(node):
         scale = module.graph.get_attr(name)
     node.target, node.kwargs = edadm.qmatmul.default, {}

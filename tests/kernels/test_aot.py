@@ -316,7 +316,9 @@ def test_an_interrupted_compilation_leaves_nothing_behind(tmp_path, how):
         time.sleep(0.05)
     assert _workers(scratch) == []
     kept = list((tmp_path / "cache").glob("[!.]*.json"))
-    assert 1 <= len(kept) < 24 and all(Cache(tmp_path / "cache").get(path.stem) for path in kept)
+    assert 1 <= len(kept) <= 24 and all(  # all of them where the signal came late
+        Cache(tmp_path / "cache").get(path.stem) for path in kept
+    )
     if how == signal.SIGINT:
         assert "KeyboardInterrupt" in said and list(scratch.iterdir()) == []
 
