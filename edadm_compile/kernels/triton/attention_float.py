@@ -4,20 +4,8 @@
 import triton
 import triton.language as tl
 
+from edadm_compile.kernels.triton.attention import LOG2_E, _rows
 from edadm_compile.kernels.triton.rounding import to_codes
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _rows(base, row, column, STRIDE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Tile [rows, BLOCK_D] of a matrix [ROWS, D]; 0 outside."""
-    source = base + row[:, None] * STRIDE + column[None, :]
-    if MASKED:
-        return tl.load(source, mask=(row < ROWS)[:, None] & (column < D)[None, :], other=0.0)
-    if column.shape[0] != D:
-        return tl.load(source, mask=(column < D)[None, :], other=0.0)
-    return tl.load(source)
 
 
 @triton.jit
