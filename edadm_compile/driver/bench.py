@@ -16,6 +16,7 @@ from edadm_compile.driver.bench_inputs import Truth, plan_note
 from edadm_compile.driver.contenders import Contender, Predict, baseline_contenders, our_contenders, timed
 from edadm_compile.driver.machine import Device, describe_machine, pick_device
 from edadm_compile.driver.options import load_options
+from edadm_compile.driver.options import parse_batches as parse_batches
 from edadm_compile.errors import InputError
 from edadm_compile.evaluate.metrics import sqnr
 from edadm_compile.evaluate.timing import Rules, interleave
@@ -51,23 +52,6 @@ class Options:
     baselines: Sequence[str] | None = None
     warm_time: float = 10.0
     seed: int = 0
-
-
-def parse_batches(text: str | None) -> tuple[int, ...] | None:
-    """``1,8,64`` as ascending batch sizes.
-
-    Raises:
-        InputError: anything else.
-    """
-    if text is None:
-        return None
-    try:
-        found = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        found = (0,)
-    if found[0] < 1:
-        raise InputError(f"--batch: got {text!r}, expected positive integers joined by commas, such as 1,8,64")
-    return found
 
 
 def run(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from edadm_compile.driver.options import parse_batches
 from edadm_compile.errors import InputError
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import aot
@@ -54,12 +55,7 @@ def options_of(targets: str | None, batch: str | None, store: str | None) -> Dev
     Raises:
         InputError: an unknown target or type, or a batch that is no list of positive integers.
     """
-    try:
-        batches = DEFAULT_BATCHES if batch is None else tuple(sorted({int(b) for b in batch.split(",")}))
-    except ValueError:
-        batches = (0,)
-    if min(batches) < 1:
-        raise InputError(f"--batch: got {batch!r}, expected positive integers joined by commas, such as 1,8")
+    batches = parse_batches(batch) or DEFAULT_BATCHES
     return DeviceOptions(parse_targets(targets), batches, store or "float16")
 
 

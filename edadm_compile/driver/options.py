@@ -40,3 +40,20 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     if len(values) != 3 or min(values) < 1:
         raise InputError(f"--shape: got {text!r}, expected C,H,W such as 3,32,32")
     return values
+
+
+def parse_batches(text: str | None) -> tuple[int, ...] | None:
+    """``1,8,64`` as ascending batch sizes.
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    try:
+        found = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        found = (0,)
+    if found[0] < 1:
+        raise InputError(f"--batch: got {text!r}, expected positive integers joined by commas, such as 1,8,64")
+    return found
