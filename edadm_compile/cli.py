@@ -136,6 +136,11 @@ def main() -> None:
 @click.option(
     "--attention", type=click.Choice(["float", "int8"]), help="Attention products in float (default) or int8."
 )
+@click.option(
+    "--deploy",
+    type=click.Choice(["onnxruntime"]),
+    help="Engine to optimise for: output scales join the reconstruction.",
+)
 @click.option("--iters", type=int, help="Reconstruction steps per block (0: round to nearest).")
 @click.option("--calib-samples", type=int, help="Calibration samples.")
 @click.option("--seed", type=int, help="Seed of every random draw (default 0).")
@@ -248,12 +253,52 @@ def target(
 
 @main.command()
 @click.argument("artifact", type=_file)
+@click.option("-o", "--output", type=_file, help="File to write (default: ARTIFACT with suffix .onnx).")
+@click.option(
+    "--onnx-target",
+    type=click.Choice(["cpu", "arm", "tensorrt"]),
+    default="cpu",
+    show_default=True,
+    help="Consumer: ONNX Runtime on x86, ONNX Runtime on ARM, or TensorRT.",
+)
+@click.option("--int4", is_flag=True, help="Store weights of up to 4 bits as INT4, two per byte.")
+@click.option(
+    "--layout",
+    type=click.Choice(["file", "diffusers"]),
+    default="file",
+    show_default=True,
+    help="One file, or a folder with unet/model.onnx and unet/config.json.",
+)
+@click.option("--reference", type=_file, metavar="MODEL", help="The float model: its predictions are compared too.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Run the graph in ONNX Runtime first.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+@source_options
+@_json
+@_debug
+@guarded
+def export(artifact: Path, output: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Write ARTIFACT as a QDQ ONNX graph that ONNX Runtime executes in integers, and show that it does."""
+    from edadm_compile.driver import export as driver
+    from edadm_compile.report import progress as bars
+
+    suffix = "" if options["layout"] == "diffusers" else ".onnx"
+    with bars.reporter(quiet or as_json) as progress:
+        result = driver.run(artifact, output or artifact.with_suffix(suffix), progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    elif not quiet:
+        driver.print_result(result)
+
+
+@main.command()
+@click.argument("artifact", type=_file)
 @click.option("-n", "count", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Images.")
 @click.option("-o", "--output", type=_file, default=Path("grid.png"), show_default=True, help="PNG to write.")
 @click.option(
     "--reference", type=_file, metavar="MODEL", help="Float model: sampled from the same noise, rows side by side."
 )
 @click.option("--label", type=int, help="Class label for all images (default: labels in turn).")
+@click.option("--engine", type=click.Choice(["onnxruntime", "reference"]), help="CPU engine (default: ONNX Runtime).")
 @click.option("--seed", type=int, default=0, show_default=True)
 @source_options
 @_json

@@ -94,6 +94,8 @@ class QuantConfig:
         promoted_share: largest share of the parameters in 8-bit layers of a narrower model; 0.15 keeps a W4 model at
             4.6 bits on average.
         attention: "float" or "int8" for the two attention matrix products.
+        deploy: "onnxruntime" makes the program that engine runs best: convolutions get quantized outputs, which
+            reconstruction takes part in, and single-head attention is folded; None for no engine in particular.
         mean_correction: add the per-step mean error back to the predicted noise.
         calib_samples: calibration samples.
         seed: seeds every random draw.
@@ -107,6 +109,7 @@ class QuantConfig:
     uniform: bool = False
     promoted_share: float = 0.15
     attention: str = "float"
+    deploy: str | None = None
     mean_correction: bool = True
     calib_samples: int = 512
     seed: int = 0
@@ -124,6 +127,7 @@ class QuantConfig:
         _one_of("act_bits", self.act_bits, ACT_BITS)
         _one_of("method", self.method, METHODS)
         _one_of("attention", self.attention, ("float", "int8"))
+        _one_of("deploy", self.deploy, (None, "onnxruntime"))
         _at_least("calib_samples", self.calib_samples, 1)
         _at_least("seed", self.seed, 0)
         _at_least("reconstruction.iters", self.reconstruction.iters, 0)

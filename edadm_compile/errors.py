@@ -10,7 +10,8 @@
     ├── CalibrationError      calibration data that cannot be used (not finite, wrong shape)
     ├── ArtifactError         a .qmod file that is truncated, altered, foreign or of an unknown version
     ├── ContractError         integer execution and simulated quantization disagree (``verify`` failed)
-    └── TargetError           a GPU without code in the file, or a missing tool to make or run it
+    ├── TargetError           a GPU without code in the file, or a missing tool to make or run it
+    └── ExportError           a program, or a request, that has no ONNX form
 
 Messages say what happened, where, what was found, what is allowed and what to do next.
 """
@@ -68,3 +69,9 @@ class TargetError(EdadmError):
     """There is no code for a device, or the tool that would make or run it is missing or failed."""
 
     exit_code = 8
+
+
+class ExportError(EdadmError):
+    """A program cannot be written as the ONNX graph that was asked for."""
+
+    exit_code = 9

@@ -22,6 +22,8 @@ from edadm_compile.passes.base import Context, Pass, Progress, Silent, run_passe
 from edadm_compile.passes.calibrate import Calibrate
 from edadm_compile.passes.canonicalize import Canonicalize
 from edadm_compile.passes.decompose_attention import DecomposeAttention
+from edadm_compile.passes.float_outputs import FloatOutputs
+from edadm_compile.passes.fold_attention import FoldAttention
 from edadm_compile.passes.freeze import Freeze
 from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
@@ -41,6 +43,7 @@ def float_passes() -> list[Pass]:
         Canonicalize(),  # first: later passes match one spelling only
         FoldTimePath(),  # before calibration and quantization: folded layers need neither
         SplitConcat(),  # before quantizers: each source of a concatenation gets its own
+        FoldAttention(),  # before attention is decomposed: it matches the undivided form
         DecomposeAttention(),  # before quantizers: exposes the operands of the two products
     ]
 
@@ -49,6 +52,7 @@ def quant_passes() -> list[Pass]:
     """Passes that need the calibration set; the last two need no data but need learned codes."""
     return [
         AssignWidths(),  # on the float graph: sensitivity compares with exact values
+        FloatOutputs(),  # after widths: it looks at quantized layers only; before quantizers: it compares with exact values
         InsertQuant(),
         Calibrate(),  # before reconstruction: it starts from searched ranges
         Reconstruct(),

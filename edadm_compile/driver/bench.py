@@ -24,9 +24,11 @@ from edadm_compile.frontend import Source, load_source
 from edadm_compile.kernels.targets import arch_of
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.artifact import Artifact, read
+from edadm_compile.runtime.engines.onnxruntime import missing_packages
 from edadm_compile.runtime.engines.reference import ReferenceEngine
 
-_NO_GPU = "no GPU kernel was measured: these are the CPU engines, which define what is right and are not made for speed"
+_NO_GPU = "no GPU kernel was measured: these are the CPU engines; the reference engine defines what is right and is not made for speed"
+_NO_ONNXRUNTIME = "; the onnxruntime engine is missing because {} is not installed (pip install 'edadm-compile[onnx]')"
 _METHOD = (
     "contenders take turns in one process; x and t rotate, conditions stay; inputs lie where the contender wants them; "
     "microseconds per call with the host's work, median and p10 to p90 over rounds; ratios from turns of the same round"
@@ -99,7 +101,7 @@ def measure(
     groups = [state.batch(batch) for batch in batches]
     result: dict[str, Any] = {
         "artifact": str(path), "file_bytes": path.stat().st_size, "device": device.kind,
-        "machine": describe_machine(device), "method": _METHOD, "note": "" if device.kind == "cuda" else _NO_GPU,
+        "machine": describe_machine(device), "method": _METHOD, "note": _note(device),
         "batches": groups,
     }  # fmt: skip
     if options.kernels and device.kind == "cuda":
@@ -107,6 +109,13 @@ def measure(
 
         result["kernels"] = all_launches(loaded, batches, state.progress)
     return result
+
+
+def _note(device: Device) -> str:
+    if device.kind == "cuda":
+        return ""
+    missing = missing_packages()
+    return _NO_GPU + (_NO_ONNXRUNTIME.format(missing) if missing else "")
 
 
 def _default_batches(loaded: Artifact, device: Device) -> tuple[int, ...]:
@@ -162,7 +171,7 @@ class _Bench:
         """Which plans serve a batch."""
         if self.device.kind == "cuda" and self.loaded.device is not None:
             return plan_note(batch, self.loaded.device.batches(arch_of()))
-        return "no plan: the graph runs node by node"
+        return "no plan: engines of the CPU choose their run mode by batch and cores"
 
     def truth(self, batch: int) -> Truth:
         """The right result for a few images."""
@@ -196,7 +205,7 @@ class _Bench:
         self.held[contender.name] = before + held
         found = bench_inputs.compare(result, truth)
         if contender.ours:
-            bench_inputs.check(contender.name, batch, found, truth)
+            bench_inputs.check(contender.name, batch, found, truth, contender.slack)
         elif not bool(torch.isfinite(result).all()):
             return {**row, "failed": "its prediction is not finite"}
         return {

@@ -138,20 +138,23 @@ def compare(result: Tensor, truth: Truth) -> Agreement:
     return Agreement(worst, sqnr(repeated([truth.original], len(result))[0], result))
 
 
-def check(name: str, batch: int, found: Agreement, truth: Truth) -> None:
+def check(name: str, batch: int, found: Agreement, truth: Truth, slack: float = 0.0) -> None:
     """Refuse a result of the compiled file that is wrong.
+
+    Args:
+        slack: dB of further loss that the engine is allowed.
 
     Raises:
         ContractError: it is farther from the reference engine, or from the float model, than rounding explains.
     """
-    if found.reference < truth.floor:
+    if found.reference < truth.floor - slack:
         raise ContractError(
             f"no times: the {name} engine computes something else than the reference engine at batch {batch}: its worst "
-            f"image is at {found.reference:.1f} dB SQNR, rounding alone explains {truth.floor:.1f} dB or more"
+            f"image is at {found.reference:.1f} dB SQNR, rounding alone explains {truth.floor - slack:.1f} dB or more"
         )
     if found.original is not None and truth.original is not None:
         own = sqnr(truth.original, truth.reference)
-        if found.original < min(own, 60.0) - LOSS_DB:
+        if found.original < min(own, 60.0) - LOSS_DB - slack:
             raise ContractError(
                 f"no times: the {name} engine is at {found.original:.1f} dB SQNR from the float model at batch {batch}, "
                 f"the reference engine at {own:.1f} dB: more is lost than rounding explains"

@@ -126,7 +126,7 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
     if preset is not None:
         values["weight_bits"], values["act_bits"] = PRESETS[preset]
     names = {"weights_bits": "weight_bits", "acts_bits": "act_bits", "method": "method", "uniform": "uniform",
-             "attention": "attention", "seed": "seed", "calib_samples": "calib_samples"}  # fmt: skip
+             "attention": "attention", "deploy": "deploy", "seed": "seed", "calib_samples": "calib_samples"}  # fmt: skip
     for option, name in names.items():
         value = options.get(option)
         if value is not None:

@@ -33,9 +33,13 @@ def run(
     label: int | None,
     seed: int,
     as_json: bool = False,
+    engine: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Sample `count` images and write a grid.
+
+    Args:
+        engine: as in `edadm_compile.load`.
 
     Returns:
         output path, count, and the PSNR against the reference where one is given.
@@ -43,11 +47,11 @@ def run(
     Raises:
         EdadmError: unreadable files, or a reference that does not match.
     """
-    model = load(artifact)
+    model = load(artifact, engine=engine)
     spec = chosen_sampler(model, options.get("scheduler"), options.get("steps"))
     noise, conditions = inputs(model, count, seed, label, options.get("conditions"))
     images = generate(spec, model.predict, noise, conditions, seed)
-    result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps}
+    result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name}
     rows = [images]
     if reference is not None:
         source = load_source(reference, load_options(options, spec))
@@ -136,7 +140,9 @@ def write_grid(rows: list[Tensor], path: Path, columns: int, zoom: int = 3) -> N
 def print_result(result: dict[str, Any]) -> None:
     """Print what was written."""
     out = console()
-    out.print(f"{result['count']} images, {result['steps']} steps → {result['output']}")
+    out.print(
+        f"{result['count']} images, {result['steps']} steps on the {result['engine']} engine → {result['output']}"
+    )
     if "psnr_db" in result:
         value = result["psnr_db"]
         out.print(

@@ -46,7 +46,8 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
     loaded = read(artifact)
     source = load_source(reference, load_options(options, loaded.lowered.sampler))
     _same_inputs(source, loaded)
-    config = QuantConfig(attention=str(loaded.manifest["config"]["attention"]))
+    settings = loaded.manifest["config"]
+    config = QuantConfig(attention=str(settings["attention"]), deploy=settings.get("deploy"))
     program = run_passes(
         capture(dataclasses.replace(source, sampler=loaded.lowered.sampler)), float_passes(), Context(config)
     )

@@ -147,6 +147,9 @@ class LayerInfo:
         weight_bits, act_bits: requested widths; 32 means float.
         executed: widths that run, for example "w4a8", or "float".
         note: why the widths differ from the request, or why it stays float.
+        out_scale, out_zero_point: calibrated scale and zero point (of codes in [-128, 127]) of each output channel of a
+            convolution, for engines whose integer convolution writes codes; None for other layers.
+        float_output: such engines must give this convolution a float output all the same (codes cost too much there).
     """
 
     name: str
@@ -157,6 +160,9 @@ class LayerInfo:
     act_bits: int = 32
     executed: str = "float"
     note: str = ""
+    out_scale: tuple[float, ...] | None = None
+    out_zero_point: tuple[int, ...] | None = None
+    float_output: bool = False
 
 
 @dataclass(frozen=True)

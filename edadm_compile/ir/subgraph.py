@@ -208,15 +208,23 @@ def _single_layers(loose: list[fx.Node]) -> list[Unit]:
     for node in loose:
         if node in done:
             continue
-        nodes, layers, tail = [node], [node], node
+        layers, tail = [node], output_of(node)
+        nodes = list(dict.fromkeys((node, tail)))
         while len(tail.users) == 1 and next(iter(tail.users)).meta.get("split_sum"):
-            tail = next(iter(tail.users))
-            others = [n for n in tail.all_input_nodes if n in loose and n not in layers]
-            nodes += [*others, tail]
+            total = next(iter(tail.users))
+            others = [n for n in loose if n not in layers and output_of(n) in total.all_input_nodes]
+            nodes += [*others, *(output_of(n) for n in others if output_of(n) is not n), total]
             layers += others
+            tail = total
         done.update(layers)
         units.append(Unit(tuple(nodes), tuple(layers), "layer"))
     return units
+
+
+def output_of(layer: fx.Node) -> fx.Node:
+    """What the graph reads of a layer: its output quantizer where it has one, else itself."""
+    readers = list(layer.users)
+    return readers[0] if len(readers) == 1 and readers[0].meta.get("output_quantizer") else layer
 
 
 def _absorb(unit: Unit, units: list[Unit], index: dict[fx.Node, int], layers: list[fx.Node]) -> Unit:

@@ -20,11 +20,11 @@ from edadm_compile.ir.analysis import (
     weight_node,
     x_dependent,
 )
+from edadm_compile.ir.arguments import argument
 from edadm_compile.ir.ops import LAYER_OPS, op_name
 from edadm_compile.ir.program import LayerInfo, Program, layer_of
 from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.insert_quant import layer_name
-from edadm_compile.passes.rewrites import argument
 from edadm_compile.passes.sensitivity import sensitivities
 
 #: Products of two activations, and layers without an integer lowering: operator -> kind in the truth table.
@@ -36,7 +36,7 @@ _PRODUCTS = {
     "aten.conv_transpose1d.default": "conv_transpose1d", "aten.convolution.default": "convolution",
 }  # fmt: skip
 #: Above this many parameters one forward per layer is too slow; the resolution rule decides instead.
-_MEASURE_LIMIT = 100_000_000
+MEASURE_LIMIT = 100_000_000
 #: Promotion stops when the predicted signal-to-noise ratio of the remaining weights passes this (dB).
 _TARGET_DB = 40.0
 
@@ -197,7 +197,7 @@ def _promote(program: Program, ctx: Context) -> dict[str, Any]:
     config = ctx.config
     candidates = [n for n in _layer_nodes(program) if (i := layer_of(n)) and i.role in ("inner", "conditioning")]
     size = sum(layer_weight(program, n).numel() for n in candidates)
-    measured = size <= _MEASURE_LIMIT
+    measured = size <= MEASURE_LIMIT
     if measured:
         errors, signal = sensitivities(program, candidates, config.weight_bits if config.weight_bits < 8 else 4, ctx)
     else:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import CalibrationError
-from edadm_compile.ir.program import Program, get_constant
+from edadm_compile.ir.output_codes import writes_codes
+from edadm_compile.ir.program import Program, get_constant, layer_of
+from edadm_compile.ir.subgraph import output_of
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 from edadm_compile.quant.observers import affine_from_range, minmax_weight, search_activation, search_weight
+from edadm_compile.quant.spec import QuantSpec
 
 #: Values kept of each activation for the range search, over the whole calibration set.
 _KEEP = 40_000
@@ -25,6 +29,8 @@ class Calibrate:
 
     1. ActFakeQuant without scale → per-tensor affine range with the least mean squared error (min-max: the range seen)
     2. WeightFakeQuant without scale → per-channel symmetric scale with the least squared error (min-max: the largest value)
+    3. ActFakeQuant behind a convolution (``deploy``) → the same for every channel; without one the record of a convolution
+       in the direct form gets scales and zero points, for engines that write codes
     """
 
     name: str = "calibrate"
@@ -33,13 +39,18 @@ class Calibrate:
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Observe the calibration set through the float graph, then search ranges."""
-        quantizers = list(activation_quantizers(program))
+        quantizers = [(n, q) for n, q in activation_quantizers(program) if not n.meta.get("output_quantizer")]
         observers = {node: _Observer() for node, _ in quantizers}
-        _observe(program, observers, ctx)
-        ctx.progress.stage("ranges", len(quantizers))
+        nodes = program.graph_module.graph.nodes
+        outputs = {node: ChannelObserver() for node in nodes if writes_codes(node, layer_of(node))}
+        _observe(program, observers, outputs, ctx)
+        ctx.progress.stage("ranges", len(quantizers) + len(outputs))
         for node, quantizer in quantizers:
-            scale, zero_point = observers[node].affine(quantizer, node.name, minmax=ctx.config.is_baseline)
+            scale, zero_point = observers[node].affine(quantizer.spec, node.name, minmax=ctx.config.is_baseline)
             quantizer.set_affine(scale, zero_point)
+            ctx.progress.advance(1, node.name)
+        for node, observer in outputs.items():
+            _set_output(program, node, observer, minmax=ctx.config.is_baseline)
             ctx.progress.advance(1, node.name)
         for node, weight_quantizer in weight_quantizers(program):
             weight = get_constant(program.graph_module, str(node.args[0].target))  # type: ignore[union-attr]
@@ -85,37 +96,58 @@ class _Observer:
         picked = torch.randint(0, flat.numel(), (min(keep, flat.numel()),), generator=generator)
         self.parts.append(flat[picked])
 
-    def affine(self, quantizer: ActFakeQuant, name: str, *, minmax: bool) -> tuple[Tensor, Tensor]:
+    def affine(self, spec: QuantSpec, name: str, *, minmax: bool) -> tuple[Tensor, Tensor]:
         if not (self.high - self.low < float("inf")):
             raise CalibrationError(
                 f"activation {name} is not finite on the calibration set (range {self.low} to {self.high})"
             )
-        spec = quantizer.spec
         if minmax or spec.bits == 16:  # 16 bits: clipping costs more than resolution
             margin = 1.0 if minmax else 1.25  # unseen noise reaches beyond the calibration set
             return affine_from_range(torch.tensor([self.low * margin]), torch.tensor([self.high * margin]), spec)
         return search_activation(torch.cat(self.parts), self.low, self.high, spec)
 
 
-def _observe(program: Program, observers: dict[fx.Node, _Observer], ctx: Context) -> None:
+def _set_output(program: Program, node: fx.Node, observer: ChannelObserver, *, minmax: bool) -> None:
+    """Rule 3."""
+    info = layer_of(node)
+    assert info is not None
+    scale, zero_point = observer.affine(info.name, minmax=minmax)
+    behind = output_of(node)
+    if behind is node:
+        zeros = tuple(int(z) for z in zero_point)
+        # Four digits: the scale is free to choose, and the record is text in the file.
+        node.meta["layer"] = replace(info, out_scale=tuple(float(f"{s:.4g}") for s in scale), out_zero_point=zeros)
+    else:
+        quantizer = program.graph_module.get_submodule(str(behind.target))
+        assert isinstance(quantizer, ActFakeQuant)
+        quantizer.set_affine(scale.reshape(-1, 1, 1), zero_point.reshape(-1, 1, 1))
+
+
+def _observe(
+    program: Program, observers: dict[fx.Node, _Observer], outputs: dict[fx.Node, ChannelObserver], ctx: Context
+) -> None:
     inputs = ctx.calibration.inputs
     total = inputs[0].shape[0]
     chunk = min(_CHUNK, program.signature.max_batch)
-    generator = ctx.generator(2)
-    keep = -(-_KEEP * chunk // total)
     ctx.progress.stage("observing", total)
-    recorder = _Recorder(program, observers, keep, generator)
+    samplers: list[_Sampler] = [
+        (observers, -(-_KEEP * chunk // total), ctx.generator(2)),
+        (outputs, -(-KEEP * chunk // total), ctx.generator(4)),
+    ]
+    recorder = _Recorder(program, samplers)
     for rows in torch.arange(total).split(chunk):
         recorder.observe([v[rows] for v in inputs])
         ctx.progress.advance(rows.numel())
 
 
+#: Observers by node, values to keep of each batch, and what draws them.
+_Sampler = tuple[Mapping[fx.Node, _Observer | ChannelObserver], int, torch.Generator]
+
+
 class _Recorder(fx.Interpreter):
-    def __init__(
-        self, program: Program, observers: dict[fx.Node, _Observer], keep: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, program: Program, samplers: Sequence[_Sampler]) -> None:
         super().__init__(program.graph_module)
-        self._program, self._observers, self._keep, self._generator = program, observers, keep, generator
+        self._program, self._samplers = program, samplers
 
     def observe(self, inputs: list[Tensor]) -> None:
         batch, lowest = inputs[0].shape[0], self._program.signature.min_batch
@@ -126,9 +158,10 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
-        if n in self._observers:
-            assert isinstance(result, Tensor)
-            self._observers[n].update(result, self._keep, self._generator)
+        for observers, keep, generator in self._samplers:
+            if n in observers:
+                assert isinstance(result, Tensor)
+                observers[n].update(result, keep, generator)
         return result
 
 

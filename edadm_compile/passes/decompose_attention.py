@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from edadm_compile.ir.analysis import propagate_shapes, shape_of
+from edadm_compile.ir.arguments import argument
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program
 from edadm_compile.passes.base import Context, PassResult, finish
-from edadm_compile.passes.rewrites import argument
 
 aten = torch.ops.aten
 

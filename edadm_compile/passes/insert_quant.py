@@ -10,6 +10,7 @@ from torch import fx
 
 from edadm_compile.ir.analysis import is_layer, layer_weight, weight_node
 from edadm_compile.ir.ops import op_name
+from edadm_compile.ir.output_codes import writes_codes
 from edadm_compile.ir.program import LayerInfo, Program, layer_of
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
@@ -41,6 +42,8 @@ class InsertQuant:
     1. layer(x, W, ...) → layer(ActFakeQuant(x), WeightFakeQuant(W), ...); layers that read the same value with the
        same width share one activation quantizer
     2. matmul(a, b) annotated for int8 → matmul(ActFakeQuant(a), ActFakeQuant(b))
+    3. with ``deploy = "onnxruntime"``: convolution that writes codes there → ActFakeQuant(convolution), 8 bits with a
+       scale per channel, for all its readers
     """
 
     name: str = "insert_quant"
@@ -53,17 +56,34 @@ class InsertQuant:
         module.add_module("act_quant", torch.nn.Module())
         module.add_module("weight_quant", torch.nn.Module())
         shared: dict[tuple[fx.Node, int], fx.Node] = {}
+        outputs = 0
         for node in list(module.graph.nodes):
             info = layer_of(node)
             if info is None or info.act_bits == 32:
                 continue
+            if ctx.config.deploy == "onnxruntime" and writes_codes(node, info):
+                _quantize_output(program, node)
+                outputs += 1
             if is_layer(node):
                 x = _quantize_input(program, node, node.args[0], info, shared)
                 node.args = (x, _quantize_weight(program, node, info), *node.args[2:])
             else:
                 node.args = tuple(_quantize_input(program, node, a, info, shared) for a in node.args[:2])
         program = finish(replace(program, dialect="fake_quant"))
-        return PassResult(program, True, {"activation_quantizers": len(shared)})
+        return PassResult(program, True, {"activation_quantizers": len(shared), "output_quantizers": outputs})
+
+
+def _quantize_output(program: Program, node: fx.Node) -> None:
+    """Rule 3."""
+    module = program.graph_module
+    name = f"act_quant.{node.name}_output"
+    module.add_submodule(name, ActFakeQuant(act_spec(8)))
+    readers = list(node.users)
+    with module.graph.inserting_after(node):
+        quantizer = module.graph.call_module(name, (node,))
+    quantizer.meta = {k: v for k, v in node.meta.items() if k not in ("layer", "split_of")} | {"output_quantizer": True}
+    for reader in readers:
+        reader.replace_input_with(node, quantizer)
 
 
 def _quantize_input(
@@ -79,7 +99,7 @@ def _quantize_input(
             place = place.next
         with module.graph.inserting_after(place):
             shared[key] = module.graph.call_module(name, (source,))
-        shared[key].meta = {k: v for k, v in source.meta.items() if k != "layer"}
+        shared[key].meta = {k: v for k, v in source.meta.items() if k not in ("layer", "output_quantizer")}
     return shared[key]
 
 

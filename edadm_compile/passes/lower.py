@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import constant_target, factor_after, propagate_shapes
+from edadm_compile.ir.arguments import argument, pair
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import LayerInfo, Program, child_name, get_constant, layer_of, set_constant
 from edadm_compile.passes.base import Context, PassResult, finish
-from edadm_compile.passes.rewrites import argument, pair
 from edadm_compile.quant import packing
 
 edadm = torch.ops.edadm

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import constant_target, shape_of
+from edadm_compile.ir.arguments import argument
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program, get_constant, set_constant
 
@@ -66,19 +67,6 @@ def _inline(module: fx.GraphModule, call: fx.Node) -> None:
     if call.users:
         call.replace_all_uses_with(results[0] if isinstance(results, (tuple, list)) else results)
     graph.erase_node(call)
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An operator argument given by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def pair(value: Any) -> list[int]:
-    """An int or a 1- or 2-list as a list of two."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * 2 if len(values) == 1 else values
 
 
 def unify_convolutions(program: Program) -> int:

@@ -1,4 +1,4 @@
-"""How much each layer's weight rounding hurts the output, measured one layer at a time."""
+"""How much rounding in one place hurts the output, measured one layer at a time."""
 
 from __future__ import annotations
 
@@ -35,19 +35,44 @@ def sensitivities(
     Returns:
         (error by layer node, squared output of the float model on the same inputs).
     """
-    inputs = measurement_inputs(ctx.calibration.trajectories, program.signature)
-    module, graph = program.graph_module, program.graph_module.graph
-    values: dict[fx.Node, Any] = {}
-    arguments = iter(program.graph_inputs(inputs))
+    values = float_values(program, ctx)
     ctx.progress.stage("sensitivity", len(nodes))
+    errors = {}
+    for node in nodes:
+        errors[node] = output_error(program, _rounded_weight(program, node, bits), values)
+        ctx.progress.advance(1, layer_name(node))
+    return errors, output_energy(program, values)
+
+
+def float_values(program: Program, ctx: Context) -> dict[fx.Node, Any]:
+    """Value of every node of a float program on the measurement batch."""
+    arguments = iter(program.graph_inputs(measurement_inputs(ctx.calibration.trajectories, program.signature)))
+    values: dict[fx.Node, Any] = {}
     with torch.no_grad():
-        for node in graph.nodes:
-            values[node] = next(arguments) if node.op == "placeholder" else evaluate(module, node, values)
-        errors = {}
-        for node in nodes:
-            errors[node] = _error_with(program, node, bits, values)
-            ctx.progress.advance(1, layer_name(node))
-    return errors, float(values[graph.output_node()].double().square().sum())
+        for node in program.graph_module.graph.nodes:
+            values[node] = next(arguments) if node.op == "placeholder" else evaluate(program.graph_module, node, values)
+    return values
+
+
+def output_energy(program: Program, values: dict[fx.Node, Any]) -> float:
+    """Squared output of the float model on the measurement batch."""
+    return float(values[program.graph_module.graph.output_node()].double().square().sum())
+
+
+def output_error(program: Program, changed: dict[fx.Node, Any], values: dict[fx.Node, Any]) -> float:
+    """Squared error of the output when some values are others; only what depends on them is recomputed.
+
+    Args:
+        changed: new values by node; filled with those of the nodes behind.
+        values: from `float_values`.
+    """
+    with torch.no_grad():
+        for node in program.graph_module.graph.nodes:
+            if node not in changed and any(n in changed for n in node.all_input_nodes):
+                read = {n: changed.get(n, values[n]) for n in node.all_input_nodes}
+                changed[node] = evaluate(program.graph_module, node, read)
+    output = program.graph_module.graph.output_node()
+    return float((changed[output] - values[output]).double().square().sum())
 
 
 def measurement_inputs(trajectories: Trajectories, signature: Signature) -> list[Tensor]:
@@ -64,17 +89,10 @@ def measurement_inputs(trajectories: Trajectories, signature: Signature) -> list
     return [value[rows] for value in (x, t, *conditions)]
 
 
-def _error_with(program: Program, layer: fx.Node, bits: int, values: dict[fx.Node, Any]) -> float:
+def _rounded_weight(program: Program, layer: fx.Node, bits: int) -> dict[fx.Node, Any]:
     weight = layer_weight(program, layer)
     spec = weight_spec(bits, weight_axis(layer))
     scale = search_weight(weight, spec, candidates=_CANDIDATES)
     constant = weight_node(layer)
     assert constant is not None
-    rounded = weight_codes(weight, scale, spec).float() * per_channel(scale, weight.dim(), spec.axis)
-    changed: dict[fx.Node, Any] = {constant: rounded}
-    for node in program.graph_module.graph.nodes:
-        if node not in changed and any(n in changed for n in node.all_input_nodes):
-            read = {n: changed.get(n, values[n]) for n in node.all_input_nodes}
-            changed[node] = evaluate(program.graph_module, node, read)
-    output = program.graph_module.graph.output_node()
-    return float((changed[output] - values[output]).double().square().sum())
+    return {constant: weight_codes(weight, scale, spec).float() * per_channel(scale, weight.dim(), spec.axis)}

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from edadm_compile.ir.analysis import constant_target, is_layer, propagate_shapes, shape_of
+from edadm_compile.ir.arguments import argument
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program, child_name, get_constant, set_constant
 from edadm_compile.passes.base import Context, PassResult, finish
-from edadm_compile.passes.rewrites import argument
 
 aten = torch.ops.aten
 

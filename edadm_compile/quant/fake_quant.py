@@ -22,10 +22,10 @@ def _round_ste(x: Tensor) -> Tensor:
 
 
 class ActFakeQuant(nn.Module):
-    """Per-tensor simulated quantization of an activation.
+    """Simulated quantization of an activation.
 
-    State: `log_scale` [1], `zero_point` [1] (float32, integer values). Until `set_affine` is called, or while
-    `enabled` is False, forward returns its input.
+    State: `log_scale` and `zero_point` (float32, integer values): [1], or a shape that broadcasts along the channels.
+    Until `set_affine` is called, or while `enabled` is False, forward returns its input.
     """
 
     zero_point: Tensor
@@ -39,14 +39,14 @@ class ActFakeQuant(nn.Module):
         self.register_buffer("zero_point", torch.zeros(1))
 
     def set_affine(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Install a scale [1] and zero point [1] and switch quantization on."""
-        self.log_scale.data = scale.float().log().reshape(1)
-        self.zero_point = zero_point.float().reshape(1)
+        """Install a scale and zero point ([1], or [C, 1, 1] for images) and switch quantization on."""
+        self.log_scale.data = scale.float().log()
+        self.zero_point = zero_point.float()
         self.enabled = True
 
     @property
     def scale(self) -> Tensor:
-        """The step size, float32 [1]."""
+        """The step size, float32."""
         return self.log_scale.exp()
 
     def forward(self, x: Tensor) -> Tensor:

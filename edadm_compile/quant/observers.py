@@ -67,6 +67,31 @@ def search_activation(
     return chosen
 
 
+def search_outputs(
+    sample: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, *, candidates: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each channel with the least squared error among ranges shrunk at both ends alike.
+
+    Args:
+        sample: float32 [n, C], values of each channel.
+        low, high: true minimum and maximum, [C].
+
+    Returns:
+        (scale, zero_point), float32 [C].
+    """
+    best = affine_from_range(low, high, spec)
+    least = torch.full_like(low, float("inf"))
+    for i in range(candidates):
+        shrink = 1.0 - 0.6 * i / candidates
+        scale, zero = affine_from_range(low * shrink, high * shrink, spec)
+        codes = torch.clamp(torch.round(sample / scale) + zero, spec.qmin, spec.qmax)
+        error = ((codes - zero) * scale - sample).square().sum(dim=0)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
+    return best
+
+
 def _around(center: float, step: float, grid: int) -> Tensor:
     fine = center + step * (torch.arange(grid, dtype=torch.float32) / (grid - 1) * 2 - 1)
     return fine.clamp(min=step / grid, max=1.0)

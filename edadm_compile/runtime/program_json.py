@@ -194,6 +194,37 @@ def _decode(value: Any, nodes: list[fx.Node], depth: int) -> Any:
     raise ArtifactError(f"program: argument {str(value)[:60]!r} is not understood")
 
 
+_TUPLES = ("weight_shape", "out_scale", "out_zero_point")
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON lists as the tuples they were."""
+    return {k: tuple(record[k]) for k in _TUPLES if record.get(k) is not None}
+
+
+#: Fields that files of earlier versions do not have.
+_NEWER = {"out_scale", "out_zero_point", "float_output"}
+
+
+def _is_range(record: dict[str, Any]) -> bool:
+    """Whether what a layer record says of its output is sound: a positive scale and a code, or neither."""
+    if not isinstance(record.get("float_output", False), bool):
+        return False
+    scales, zeros = record.get("out_scale"), record.get("out_zero_point")
+    if scales is None or zeros is None:
+        return scales is None and zeros is None
+    if not isinstance(scales, list) or not isinstance(zeros, list) or not len(scales) == len(zeros) == _outputs(record):
+        return False
+    sound = all(isinstance(s, float) and 0 < s < math.inf for s in scales)
+    return sound and all(type(z) is int and -128 <= z <= 127 for z in zeros)
+
+
+def _outputs(record: dict[str, Any]) -> int:
+    """Output channels of a layer record's convolution."""
+    shape = record["weight_shape"]
+    return int(shape[1 if record["kind"] == "conv_transpose2d" else 0])
+
+
 def layers_from_json(records: Any) -> list[LayerInfo]:
     """Layer records of a manifest.
 
@@ -203,6 +234,6 @@ def layers_from_json(records: Any) -> list[LayerInfo]:
     fields = {f.name for f in dataclasses.fields(LayerInfo)}
     if not isinstance(records, list) or len(records) > MAX_NODES:
         raise ArtifactError("layers: expected a list")
-    if any(not isinstance(r, dict) or set(r) != fields for r in records):
+    if any(not isinstance(r, dict) or not fields - _NEWER <= set(r) <= fields or not _is_range(r) for r in records):
         raise ArtifactError("layers: malformed layer record")
-    return [LayerInfo(**{**r, "weight_shape": tuple(int(v) for v in r["weight_shape"])}) for r in records]
+    return [LayerInfo(**{**r, **_tuples(r)}) for r in records]

@@ -50,6 +50,11 @@ class CompiledModel(nn.Module):
         self.engine = engine
 
     @property
+    def engine_name(self) -> str:
+        """What runs the program: "onnxruntime", "reference" or "cuda"."""
+        return self.engine.name
+
+    @property
     def signature(self) -> Signature:
         """Inputs and output of the source model."""
         return self.artifact.lowered.signature
@@ -143,12 +148,14 @@ def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> Co
     Args:
         path: file written by ``edadm-compile``.
         device: "cpu", or "cuda" for the compiled kernels in the file.
-        engine: "reference" (the pure-torch integer engine, on the CPU) or "cuda"; by default the device's own.
+        engine: "onnxruntime" (fast) or "reference" (pure torch, defines what is right) on the CPU, or "cuda"; by default
+            the first of these that the device has.
 
     Raises:
         ArtifactError: the file cannot be trusted or understood.
         InputError: unknown device or engine.
-        TargetError: no GPU here, or no code for it in the file.
+        TargetError: no GPU here, no code for it in the file, or ONNX Runtime is not installed.
+        ExportError: the program has no ONNX form (with ``engine="onnxruntime"``).
     """
     return from_artifact(read(Path(path)), device, engine)
 

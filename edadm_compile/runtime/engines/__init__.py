@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from edadm_compile.errors import InputError, TargetError
+from edadm_compile.errors import EdadmError, InputError, TargetError
 from edadm_compile.runtime.artifact import Artifact
+from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from edadm_compile.runtime.engines.reference import ReferenceEngine
 
 #: Engines by the device type they run on; the first is the default.
-ENGINES = {"cpu": ("reference",), "cuda": ("cuda",)}
+ENGINES = {"cpu": ("onnxruntime", "reference"), "cuda": ("cuda",)}
 
 
 class Engine(Protocol):
     """Runs a program on x [B, C, H, W], t [B] and conditions."""
+
+    name: str
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The predicted noise, float32."""
@@ -24,6 +28,8 @@ class Engine(Protocol):
 
 def make_engine(name: str | None, device: str, artifact: Artifact) -> Engine:
     """The engine called `name` for `device`; None for the device's default.
+
+    Where ONNX Runtime is not installed, or cannot run the file, the CPU's default is the reference engine, with a warning.
 
     Raises:
         InputError: an unknown device, or an engine that does not run on it.
@@ -38,7 +44,7 @@ def make_engine(name: str | None, device: str, artifact: Artifact) -> Engine:
     if name is not None and name not in ENGINES[kind]:
         raise InputError(f"engine: got {name!r}, on {kind} allowed {', '.join(ENGINES[kind])}")
     if kind == "cpu":
-        return ReferenceEngine(artifact.lowered)
+        return _cpu_engine(name, artifact)
     if not torch.cuda.is_available():
         raise TargetError(f"device {device!r}: torch finds no CUDA GPU here; load with device='cpu'")
     if artifact.device is None:
@@ -48,3 +54,15 @@ def make_engine(name: str | None, device: str, artifact: Artifact) -> Engine:
     from edadm_compile.runtime.engines.cuda import CudaEngine
 
     return CudaEngine(artifact.lowered, artifact.device, device=device)
+
+
+def _cpu_engine(name: str | None, artifact: Artifact) -> Engine:
+    if name == "reference":
+        return ReferenceEngine(artifact.lowered)
+    try:
+        return OnnxRuntimeEngine(artifact.qdq)
+    except EdadmError as error:
+        if name is not None:
+            raise
+        warnings.warn(f"running on the slow reference engine: {error}", RuntimeWarning, stacklevel=4)
+        return ReferenceEngine(artifact.lowered)

@@ -46,6 +46,8 @@ class CudaEngine:
         TargetError: no code for this GPU in the bundle, or a missing driver.
     """
 
+    name = "cuda"
+
     def __init__(
         self,
         program: Program,

@@ -12,6 +12,8 @@ from edadm_compile.kernels import reference as _kernels  # registers the CPU ker
 class ReferenceEngine:
     """Executes a lowered program on the CPU from its integer weights."""
 
+    name = "reference"
+
     def __init__(self, program: Program) -> None:
         self.program = program
 

@@ -1,0 +1,237 @@
+"""Export a compiled file to ONNX, check it in ONNX Runtime, and write it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from edadm_compile.calibration import sampler
+from edadm_compile.driver.options import load_options
+from edadm_compile.errors import ContractError, ExportError, InputError
+from edadm_compile.evaluate.metrics import sqnr
+from edadm_compile.frontend import load_source
+from edadm_compile.ir.program import Program
+from edadm_compile.passes.base import Progress, Silent
+from edadm_compile.report.tables import console, human
+from edadm_compile.runtime.artifact import Artifact, read, write_atomically
+from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine, missing_packages
+from edadm_compile.runtime.engines.reference import ReferenceEngine
+
+LAYOUTS = ("file", "diffusers")
+#: Sampler states on which layers and output are compared, and images of each.
+_STATES, _IMAGES = 5, 2
+
+
+def run(
+    artifact: Path,
+    output: Path,
+    *,
+    onnx_target: str = "cpu",
+    int4: bool = False,
+    layout: str = "file",
+    reference: Path | None = None,
+    check: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Export a ``.qmod`` file.
+
+    Args:
+        output: ONNX file to write; with the diffusers layout a folder, which gets ``unet/model.onnx`` and
+            ``unet/config.json``.
+        onnx_target: "cpu", "arm" or "tensorrt".
+        int4: store weights of up to 4 bits as INT4.
+        reference: the float model; its predictions are compared too.
+        check: run the graph in ONNX Runtime before it is written.
+        options: how to load `reference`.
+
+    Returns:
+        files, sizes, which layers run in integers and which do not and why, errors against the reference engine.
+
+    Raises:
+        ExportError: the request or the program has no ONNX form, or the output cannot be written; a file that was there
+            is untouched.
+        ContractError: the graph does not compute what the reference engine computes; nothing is written.
+    """
+    _need_packages(check)
+    from edadm_compile.export import files
+    from edadm_compile.export.convert import convert, describe
+    from edadm_compile.export.targets import target
+
+    progress = progress or Silent()
+    path = _place(output, layout)
+    loaded = read(artifact)
+    config = _diffusers_config(loaded) if layout == "diffusers" else None
+    progress.stage("graph", None)
+    exported = convert(loaded.qdq, target(onnx_target), int4=int4, scalar_time=layout == "diffusers")
+    settings = loaded.manifest["config"]
+    trained = settings.get("deploy") == "onnxruntime"
+    facts = {
+        "target": onnx_target, "output_scales": "in the reconstruction" if trained else "calibrated afterwards",
+        "sampler": vars(loaded.lowered.sampler), "source": loaded.manifest.get("source", {}).get("sha256", ""),
+    }  # fmt: skip
+    describe(exported.model, **facts)
+    result: dict[str, Any] = {
+        "output": str(path), "target": onnx_target, "what": exported.target.what, "int4": int4,
+        "output_scales": facts["output_scales"], "notes": _notes(exported.prepared, onnx_target), "check": None,
+    }  # fmt: skip
+    if check:
+        progress.stage("ONNX Runtime", None)
+        result["check"] = _check(loaded, exported, reference, options, one_time=layout == "diffusers")
+        if result["check"]["broken"] and exported.target.output_codes:
+            raise ContractError(_sentence(result["check"]["broken"]))
+    path.parent.mkdir(exist_ok=True)
+    written = files.save(exported.model, path)
+    if config is not None:
+        write_atomically(path.with_name("config.json"), json.dumps(config, indent=2, sort_keys=True).encode())
+        written.append(path.with_name("config.json"))
+    result["files"] = {str(p): p.stat().st_size for p in written}
+    result["bytes"] = sum(result["files"].values())
+    return result
+
+
+def _need_packages(check: bool) -> None:
+    missing = missing_packages(runtime=check)
+    if missing:
+        hint = " (or export with --no-check)" if missing == "onnxruntime" else ""
+        raise ExportError(f"export needs {missing}, not installed; run: pip install 'edadm-compile[onnx]'{hint}")
+
+
+def _place(output: Path, layout: str) -> Path:
+    """Where the graph goes; refuses what cannot be written before any work."""
+    from edadm_compile.export.files import check_writable
+
+    if layout not in LAYOUTS:
+        raise ExportError(f"--layout: got {layout!r}, allowed {', '.join(LAYOUTS)}")
+    if layout == "file":
+        check_writable(output)
+        return output
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"cannot write {output}: the diffusers layout needs a folder, this is a file")
+    if not output.exists():
+        check_writable(output)
+        output.mkdir()
+    return output / "unet" / "model.onnx"
+
+
+def _diffusers_config(loaded: Artifact) -> dict[str, Any]:
+    config = dict(loaded.manifest.get("source", {}).get("config", {}))
+    if not config:
+        raise ExportError(
+            "--layout diffusers: the file was not compiled from a diffusers model, it has no configuration"
+        )
+    return {"time_cond_proj_dim": None, "_class_name": loaded.lowered.signature.source, **config}
+
+
+def _notes(prepared: Program, onnx_target: str) -> list[str]:
+    """What a user must know beside the figures."""
+    notes = []
+    if onnx_target == "tensorrt":
+        notes.append("activations were made symmetric, which costs accuracy where a range is one-sided (after SiLU)")
+    if prepared.signature.min_batch == prepared.signature.max_batch:
+        notes.append(f"the model was captured for batches of {prepared.signature.min_batch} only")
+    return notes
+
+
+def _check(
+    loaded: Artifact, exported: Any, reference: Path | None, options: dict[str, Any], *, one_time: bool
+) -> dict[str, Any]:
+    from edadm_compile.driver.export_check import Check
+
+    engine = OnnxRuntimeEngine(loaded.qdq)
+    pool = {}
+    source = None
+    if reference is not None:
+        source = load_source(reference, load_options(options, loaded.lowered.sampler))
+        if [s.shape for s in source.signature.inputs] != [s.shape for s in loaded.lowered.signature.inputs]:
+            raise InputError("--reference takes other inputs than the model that was compiled")
+        pool = source.conditions
+    inputs = states(loaded.lowered, engine, pool, one_time=one_time)
+    result = Check(exported, loaded.lowered, inputs).run()
+    if source is not None:
+        original = source.denoiser()(*inputs).float()
+        result["end_to_end"]["sqnr_to_float_db"] = sqnr(original, engine(*inputs))
+        result["end_to_end"]["reference_engine_sqnr_to_float_db"] = sqnr(
+            original, ReferenceEngine(loaded.lowered)(*inputs)
+        )
+    return result
+
+
+def states(program: Program, engine: Any, pool: dict[str, Tensor], *, one_time: bool = False) -> list[Tensor]:
+    """States along the engine's own trajectories as one batch of inputs.
+
+    Args:
+        one_time: of one step only, for graphs with one timestep a call.
+    """
+    signature = program.signature
+    images = signature.min_batch if signature.min_batch == signature.max_batch else _IMAGES
+    generator = torch.Generator().manual_seed(0)
+    x = sampler.draw_noise(signature, images, generator)
+    conditions = sampler.draw_conditions(signature, images, generator, pool)
+    steps = len(sampler.timesteps(program.sampler))
+    wanted = (
+        {steps // 2}
+        if one_time or images != _IMAGES
+        else {round(i * (steps - 1) / (_STATES - 1)) for i in range(_STATES)}
+    )
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
+        if index in wanted:
+            found.append((x_in.clone(), torch.full((images,), t, dtype=torch.float64).to(signature.inputs[1].dtype)))
+
+    sampler.sample(engine, program.sampler, x, conditions, generator=torch.Generator().manual_seed(0), hook=hook)
+    repeated = [c.repeat(len(found), *[1] * (c.dim() - 1)) for c in conditions]
+    return [torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), *repeated]
+
+
+def _sentence(broken: list[str]) -> str:
+    return (
+        f"the ONNX graph computes something else than the reference engine in {len(broken)} place(s): {'; '.join(broken[:3])}. "
+        "Processors without VNNI add 8-bit products with saturation; on any other this is a bug. Nothing was written "
+        "(--no-check writes all the same)"
+    )
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print what was written and what runs."""
+    out = console()
+    out.print(f"{result['output']}: {human(result['bytes'])} for {result['what']}")
+    if result["check"] is None:
+        out.print("not checked in ONNX Runtime")
+    else:
+        _print_check(out, result["check"])
+    out.print(f"scales of convolution outputs: {result['output_scales']}")
+    for note in result["notes"]:
+        out.print(f"note: {note}")
+
+
+def _print_check(out: Any, check: dict[str, Any]) -> None:
+    from edadm_compile.driver.export_check import largest
+
+    parts = [f"{c['integer']} of {c['integer'] + c['float']} {kind}" for kind, c in check["counts"].items()]
+    out.print(f"run in integers by ONNX Runtime: {', '.join(parts)}")
+    left = [r for r in check["layers"] if not r["integer"]]
+    if left:
+        table = Table("layer", "operators", "why", title="in float", title_justify="left")
+        for row in left:
+            table.add_row(row["layer"], ", ".join(row["operators"]), row["why"])
+        out.print(table)
+    codes, floats = largest(check["layers"], "codes"), largest(check["layers"], "float")
+    ends = check["end_to_end"]
+    if codes is not None or floats is not None:
+        out.print(
+            "against the reference engine, fed the same codes: "
+            f"output codes differ by at most {codes if codes is not None else 0} step(s), float outputs by at most {floats or 0:.1e} of their largest value"
+        )
+    db = ends["sqnr_to_reference_db"]
+    out.print(f"end to end against the reference engine: {'equal' if db is None else f'{db:.1f} dB SQNR'}")
+    if "sqnr_to_float_db" in ends:
+        out.print(
+            f"against the float model on the same states: {ends['sqnr_to_float_db']:.2f} dB, reference engine {ends['reference_engine_sqnr_to_float_db']:.2f} dB"
+        )

@@ -1,0 +1,183 @@
+"""An exported graph in ONNX Runtime: what runs in integers, and how far from the reference engine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edadm_compile.evaluate.metrics import sqnr
+from edadm_compile.export.convert import Exported, ExportedLayer
+from edadm_compile.export.files import save
+from edadm_compile.export.optimized import INTEGER_OPS, OptimizedGraph, read_optimized
+from edadm_compile.export.probes import save_probed
+from edadm_compile.export.targets import OnnxTarget
+from edadm_compile.ir.program import Program, get_constant, layer_of
+from edadm_compile.quant import affine
+from edadm_compile.quant.spec import act_spec
+from edadm_compile.runtime.engines.onnxruntime import make_session
+from edadm_compile.runtime.engines.reference import ReferenceEngine
+
+#: Largest difference of output codes, and of float outputs relative to the largest value of the layer's output.
+CODE_STEPS, FLOAT_ERROR = 1, 2.0**-18
+
+
+@dataclass(frozen=True)
+class Check:
+    """One exported graph under examination.
+
+    Attributes:
+        exported: the graph.
+        lowered: the program of integer operators, which says what is right.
+        inputs: x, t, conditions of a few states.
+    """
+
+    exported: Exported
+    lowered: Program
+    inputs: Sequence[Tensor]
+
+    def run(self) -> dict[str, Any]:
+        """Load the graph in ONNX Runtime, compare every layer and the output.
+
+        Returns:
+            counts of layers in integers, one row per layer, end-to-end figures, and ``broken``: sentences, empty when
+            all layers agree.
+        """
+        with tempfile.TemporaryDirectory(prefix="edadm-") as folder:
+            optimized, values = self._run_all(Path(folder))
+        rows = [self._row(layer, optimized, values) for layer in self.exported.layers]
+        rows = [r for r in rows if r is not None]
+        prediction = torch.from_numpy(values[self.exported.model.graph.outputs[0].name])
+        reference = ReferenceEngine(self.lowered)(*self.inputs)
+        return {
+            "counts": _counts(rows),
+            "operators": dict(sorted(optimized.counts.items())),
+            "layers": rows,
+            "end_to_end": {
+                "sqnr_to_reference_db": _finite(sqnr(reference, prediction)),
+                "largest_error": float((prediction - reference).abs().max()),
+                "largest_value": float(reference.abs().max()),
+            },
+            "broken": [f"layer {r['layer']}: {r['failure']}" for r in rows if r["failure"]]
+            + [f"{name} is a convolution with types that have no fast kernel" for name in self._slow(optimized)],
+        }
+
+    def _slow(self, optimized: OptimizedGraph) -> tuple[str, ...]:
+        return optimized.slow if self.exported.target.name == "cpu" else ()
+
+    def _run_all(self, folder: Path) -> tuple[OptimizedGraph, dict[str, Any]]:
+        """The optimized graph, and the values at the borders of all layers by name."""
+        plain, probed = folder / "plain.onnx", folder / "probed.onnx"
+        save(self.exported.model, plain)
+        make_session(plain, 1, optimized=folder / "optimized.onnx")
+        save_probed(self.exported, probed)
+        session = make_session(probed, torch.get_num_threads())
+        specs = self.exported.prepared.signature.inputs
+        feeds = {s.name: v.to(s.dtype).numpy() for s, v in zip(specs, self.inputs, strict=True)}
+        if not session.get_inputs()[1].shape:  # a scalar timestep: all states must share one then
+            feeds[specs[1].name] = feeds[specs[1].name][0]
+        found = session.run(None, feeds)
+        names = [o.name for o in session.get_outputs()]
+        return read_optimized(folder / "optimized.onnx"), dict(zip(names, found, strict=True))
+
+    def _row(self, layer: ExportedLayer, optimized: OptimizedGraph, values: dict[str, Any]) -> dict[str, Any] | None:
+        if not layer.products and layer.info.kind != "attention":
+            return None  # nothing of it is left at run time
+        operators = [_operator(name, optimized) for name in layer.products]
+        integer = bool(operators) and all(op in INTEGER_OPS for op in operators)
+        row: dict[str, Any] = {
+            "layer": layer.info.name, "kind": layer.info.kind, "weights": layer.info.weight_bits,
+            "operators": operators, "integer": integer, "why": "" if integer else self._why(layer, operators),
+            "output": "codes" if layer.quantizer is not None else "float", "error": None, "failure": "",
+        }  # fmt: skip
+        if layer.output is not None and self.exported.target.output_codes:
+            row |= self._compare(layer, values)
+        return row
+
+    def _why(self, layer: ExportedLayer, operators: list[str]) -> str:
+        if layer.info.weight_bits == 32:
+            return layer.info.note
+        target: OnnxTarget = self.exported.target
+        if target.name != "cpu":
+            return f"written for {target.name}; ONNX Runtime on this machine runs {', '.join(operators)}"
+        return f"ONNX Runtime did not fuse it: {', '.join(operators)}"
+
+    def _compare(self, layer: ExportedLayer, values: dict[str, Any]) -> dict[str, Any]:
+        assert layer.output is not None
+        codes = [self._codes(v.name, values) for v in layer.codes]
+        truth = (
+            _product(self.exported.prepared, layer, codes) if layer.info.kind == "matmul" else self._layer(layer, codes)
+        )
+        found = values[layer.output.name]
+        if layer.quantizer is None:
+            scale = float(truth.abs().max()) or 1.0
+            error = float((torch.from_numpy(found) - truth).abs().max()) / scale
+            failure = "" if error <= FLOAT_ERROR else f"output differs by {error:.1e} of its largest value"
+            return {"error": error, "failure": failure}
+        steps = (self._codes(layer.output.name, values).int() - self._quantized(layer.quantizer, truth).int()).abs()
+        most = int(steps.max())
+        failure = "" if most <= CODE_STEPS else f"output codes differ by up to {most} steps"
+        return {"error": most, "differing_share": float((steps > 0).float().mean()), "failure": failure}
+
+    def _codes(self, name: Any, values: dict[str, Any]) -> Tensor:
+        """Codes as in the program: signed."""
+        found = torch.from_numpy(values[name])
+        return found if found.dtype == torch.int8 else (found.to(torch.int16) - 128).to(torch.int8)
+
+    def _layer(self, layer: ExportedLayer, codes: list[Tensor]) -> Tensor:
+        """Float result of the reference kernel on the codes that ONNX Runtime had."""
+        twins = {i.name: n for n in self.lowered.graph_module.graph.nodes if (i := layer_of(n))}
+        twin = twins[layer.info.name]
+        x_q = codes[0] if len(codes) == 1 else (codes[0].to(torch.int16) * 256 + codes[1].to(torch.int16))
+        if layer.moved is not None:
+            x_q = layer.moved.target(x_q, *layer.moved.args[1:])  # type: ignore[operator]
+        module = self.lowered.graph_module
+        constants = [get_constant(module, str(a.target)) for a in twin.args[1:4]]  # type: ignore[union-attr]
+        result: Tensor = twin.target(x_q, *constants, *twin.args[4:])  # type: ignore[operator]
+        return result
+
+    def _quantized(self, quantizer: fx.Node, value: Tensor) -> Tensor:
+        module = self.exported.prepared.graph_module
+        scale, zero = (get_constant(module, str(a.target)) for a in quantizer.args[1:3])  # type: ignore[union-attr]
+        spec = act_spec(int(quantizer.args[3]), bool(quantizer.args[4]))  # type: ignore[arg-type]
+        return affine.quantize(value, scale, zero, spec.qmin, spec.qmax)
+
+
+def _product(prepared: Program, layer: ExportedLayer, codes: list[Tensor]) -> Tensor:
+    """Exact product of two activations, without the number that may follow it."""
+    module = prepared.graph_module
+    terms = []
+    for value, dequantize in zip(codes, layer.node.args[:2], strict=True):
+        scale, zero = (get_constant(module, str(a.target)).double() for a in dequantize.args[1:3])  # type: ignore
+        terms.append((value.double() - zero) * scale)
+    return (terms[0] @ terms[1]).float()
+
+
+def _operator(name: str, optimized: OptimizedGraph) -> str:
+    """Operator of a node, also where fusions appended to its name."""
+    if name in optimized.operators:
+        return optimized.operators[name]
+    return next((op for found, op in optimized.operators.items() if found.startswith(f"{name}/")), "fused away")
+
+
+def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        entry = counts.setdefault(row["kind"], {"integer": 0, "float": 0})
+        entry["integer" if row["integer"] else "float"] += 1
+    return dict(sorted(counts.items()))
+
+
+def _finite(value: float) -> float | None:
+    return None if value in (float("inf"), float("-inf")) else value
+
+
+def largest(rows: Sequence[dict[str, Any]], output: str) -> float | None:
+    """Largest error among the layers with one kind of output; None where there is none."""
+    errors = [r["error"] for r in rows if r["output"] == output and r["error"] is not None]
+    return max(errors) if errors else None

@@ -1,0 +1,83 @@
+"""ONNX models as files: checked, written whole or not at all, weights beside the graph where it would pass 2 GB."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from edadm_compile.errors import ExportError
+
+#: protobuf's limit is 2 GiB; graphs near it keep their weights in a file of their own.
+INLINE_LIMIT = 1_900_000_000
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all constants."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def needs_external_data(model: ir.Model) -> bool:
+    """Whether the model is too large for one protobuf message."""
+    return weight_bytes(model) > INLINE_LIMIT
+
+
+def save(model: ir.Model, path: Path, *, external: bool | None = None) -> list[Path]:
+    """Check a model and write it atomically.
+
+    Args:
+        external: keep the weights in ``NAME.data`` beside the graph; by default only where they pass `INLINE_LIMIT`.
+
+    Returns:
+        the files written; older ones of these names are replaced together, after everything has been written.
+
+    Raises:
+        ExportError: the folder cannot be written, or the model is not valid ONNX (a bug of the exporter).
+    """
+    apart = needs_external_data(model) if external is None else external
+    data = f"{path.name}.data" if apart else None
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            ir.save(model, draft, external_data=data)
+            _check(draft)
+            written = []
+            for name in ([data] if data else []) + [path.name]:  # the graph last: it names the data
+                (Path(folder) / name).replace(path.parent / name)
+                written.append(path.parent / name)
+            return written
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the graph is not valid ONNX, which is a bug of the exporter: {str(error)[:400]}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse an output path that cannot be written, before any work.
+
+    Raises:
+        ExportError: it is a folder, or its folder does not exist or cannot be written.
+    """
+    if path.is_dir():
+        raise ExportError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {path}: folder {path.parent} does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def enough_space(model: ir.Model, folder: Path) -> bool:
+    """Whether the model fits on the disk of `folder`."""
+    return math.ceil(weight_bytes(model) * 1.05) < shutil.disk_usage(folder).free

@@ -1,0 +1,291 @@
+"""Quantized convolutions and linear layers in the forms that ONNX Runtime runs in integers (docs/onnx.md).
+
+direct    QLinearConv: codes in, codes out
+gather    patches of codes, then MatMulIntegerToFloat: float out
+scatter   MatMulIntegerToFloat per tap, then the sum of shifted results: float out, for few output channels
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from edadm_compile.errors import ExportError
+from edadm_compile.export.operators.codes import common_output, dequantized_terms, pad_codes, zero_code
+from edadm_compile.export.prepare import is_integer_layer, weight_codes
+from edadm_compile.export.scope import Dim, Emitted, Emitter, Scope
+from edadm_compile.ir.arguments import argument, pair
+from edadm_compile.ir.ops import op_name
+from edadm_compile.ir.output_codes import convolution_form
+from edadm_compile.ir.program import layer_of
+from edadm_compile.ir.quantizers import QUANTIZE
+from edadm_compile.kernels.reference import transposed_settings
+from edadm_compile.quant import packing
+
+#: Largest bias code; a channel whose bias needs more gets a coarser weight scale.
+_BIAS_LIMIT = 2**30
+
+
+def quantized(base: Emitter, emit: Emitter) -> Emitter:
+    """`emit` for integer layers, `base` for those that stay float."""
+    return lambda s, node: emit(s, node) if is_integer_layer(node) else base(s, node)
+
+
+def weight(s: Scope, name: str, codes: Tensor, scale: Tensor, bits: int, axis: int) -> ir.Value:
+    """DequantizeLinear of a constant weight with scales along `axis`.
+
+    INT4 constants are widened by a Cast, which runs once when the model is loaded: the layer stays an integer layer.
+    """
+    if s.int4 and packing.storage_bits(bits) == 4:
+        packed = s.builder.packed_int4(codes, f"{name}.weight_q")
+        stored = s.op("Cast", packed, to=ir.DataType.INT8, name=f"{name}.weight_int8")
+    else:
+        stored = s.builder.constant(codes, name=f"{name}.weight_q")
+    scales = s.builder.constant(scale.float(), name=f"{name}.weight_scale")
+    zero = s.const(torch.zeros(scale.numel(), dtype=torch.int8))
+    return s.op("DequantizeLinear", stored, scales, zero, axis=axis, name=f"{name}.weight")
+
+
+def _name(node: fx.Node) -> str:
+    info = layer_of(node)
+    assert info is not None
+    return info.name
+
+
+def _conv2d(s: Scope, node: fx.Node) -> Emitted:
+    info = layer_of(node)
+    assert info is not None
+    return {"direct": _direct, "gather": _gather, "scatter": _scatter}[convolution_form(node, info)](s, node)
+
+
+def _direct(s: Scope, node: fx.Node) -> Emitted:
+    stride, padding, dilation = _geometry(node)
+    pads = [padding[0], padding[1], padding[0], padding[1]]
+    x = s.value(node.args[0])
+    source = _unpadded(node)
+    if source is not None:  # the padding of the codes joins that of the convolution: both mean zero
+        left, right, top, bottom = source.args[1]  # type: ignore[misc]
+        pads = [pads[0] + top, pads[1] + left, pads[2] + bottom, pads[3] + right]  # type: ignore[operator]
+        x = dequantized_terms(s, node.args[0], lambda s, codes, term: s.emitted[source.args[0]])[0]  # type: ignore
+    codes, scale, bits = weight_codes(s.module, node)
+    return _qlinear_conv(s, node, x, (codes, scale, bits), pads, stride, dilation, argument(node, 6, "groups", 1))
+
+
+def _geometry(node: fx.Node) -> tuple[list[int], list[int], list[int]]:
+    """(stride, padding, dilation), two each."""
+    names = (("stride", 1), ("padding", 0), ("dilation", 1))
+    stride, padding, dilation = (pair(argument(node, 3 + i, n, d)) for i, (n, d) in enumerate(names))
+    return stride, padding, dilation
+
+
+def _unpadded(node: fx.Node) -> fx.Node | None:
+    """The padding of codes right in front of a convolution's dequantizer, if there is one."""
+    codes = node.args[0].args[0]  # type: ignore[union-attr]
+    is_pad = isinstance(codes, fx.Node) and op_name(codes.target) == "aten.constant_pad_nd.default"
+    return codes if is_pad else None  # type: ignore[return-value]
+
+
+def _qlinear_conv(
+    s: Scope, node: fx.Node, x: ir.Value, w: tuple[Tensor, Tensor, int], pads: list[int], stride: list[int],
+    dilation: list[int], groups: int,
+) -> ir.Value:  # fmt: skip
+    name = _name(node)
+    codes, scale, bits = w
+    bias = s.constant_of(argument(node, 2, "bias"))
+    x_scale = s.constant_of(node.args[0].args[1])  # type: ignore[union-attr]
+    assert x_scale is not None
+    inputs = [x]
+    scale, bias = output_channels(s, node, scale, bias)
+    if bias is None:
+        inputs.append(weight(s, name, codes, scale, bits, 0))
+    else:
+        codes, scale = _room_for_bias(codes, scale, bias, x_scale)
+        inputs.append(weight(s, name, codes, scale, bits, 0))
+        inputs.append(_bias(s, name, bias, x_scale * scale))
+    return s.op(
+        "Conv", *inputs, pads=pads, strides=stride, dilations=dilation, group=groups, kernel_shape=list(codes.shape[2:]),
+        name=name,
+    )  # fmt: skip
+
+
+def output_channels(s: Scope, node: fx.Node, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight scales and bias of a convolution whose output codes have a scale s_n and a zero point z_n per channel.
+
+    The integer convolution knows one output scale s and one zero point (0): ``s_w'[n] = s_w[n] s / s_n`` and
+    ``b'[n] = (b[n] + s_n z_n) s / s_n`` give the same codes.
+    """
+    reader = next(iter(node.users))
+    if op_name(reader.target) != QUANTIZE:
+        return scale, bias
+    channel_scale, channel_zero = (s.constant_of(a) for a in reader.args[1:3])
+    assert channel_scale is not None and channel_zero is not None
+    if channel_scale.numel() == 1:
+        return scale, bias
+    common, _ = common_output(channel_scale)
+    factor = (common / channel_scale).reshape(-1)
+    shift = (channel_scale * channel_zero).reshape(-1)
+    return scale * factor, (shift if bias is None else bias + shift) * factor
+
+
+def _room_for_bias(codes: Tensor, scale: Tensor, bias: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Coarser weights for channels whose bias is beyond int32 in units of ``s_x * s_w`` (weights that hardly matter)."""
+    least = (bias.double().abs() / (x_scale.double() * _BIAS_LIMIT)).float()
+    if not bool((least > scale).any()):
+        return codes, scale
+    wider = torch.maximum(scale, least)
+    factor = (scale / wider).reshape(-1, *[1] * (codes.dim() - 1))
+    return torch.round(codes.float() * factor).to(torch.int8), wider
+
+
+def _bias(s: Scope, name: str, bias: Tensor, scale: Tensor) -> ir.Value:
+    """int32 bias with scale ``s_x * s_w``, as the integer convolution wants it."""
+    codes = torch.round(bias.double() / scale.double()).to(torch.int32)
+    stored = s.builder.constant(codes, name=f"{name}.bias_q")
+    scales = s.builder.constant(scale.float(), name=f"{name}.bias_scale")
+    zero = s.const(torch.zeros(scale.numel(), dtype=torch.int32))
+    return s.op("DequantizeLinear", stored, scales, zero, axis=0, name=f"{name}.bias")
+
+
+def _gather(s: Scope, node: fx.Node) -> Emitted:
+    """Columns of codes [B, H'W', kh kw C] times [kh kw C, O], for each 8-bit term."""
+    stride, padding, dilation = _geometry(node)
+    codes, scale, bits = weight_codes(s.module, node)
+    kernel, dims = list(codes.shape[2:]), s.dims(node)
+    rows, columns = dims[2].fixed, dims[3].fixed
+    zero = zero_code(s, node.args[0])  # type: ignore[arg-type]
+
+    def patches(s: Scope, source: fx.Node, term: ir.Value) -> ir.Value:
+        if any(padding):
+            pads = s.const([0, 0, padding[0], padding[1], 0, 0, padding[0], padding[1]])
+            term = s.op("Pad", term, pads, zero)
+        taps = [
+            _window(s, term, (r * dilation[0], q * dilation[1]), (rows, columns), stride)
+            for r in range(kernel[0])
+            for q in range(kernel[1])
+        ]
+        joined = taps[0] if len(taps) == 1 else s.op("Concat", *taps, axis=1)
+        flat = s.op("Reshape", joined, s.const([0, codes[0].numel(), -1]))
+        return s.op("Transpose", flat, perm=[0, 2, 1])
+
+    matrix = codes.permute(2, 3, 1, 0).reshape(-1, codes.shape[0]).contiguous()
+    values = dequantized_terms(s, node.args[0], patches)  # type: ignore[arg-type]
+    result = _products(s, node, values, matrix, scale, bits)
+    return s.reshape(s.op("Transpose", result, perm=[0, 2, 1]), dims, dims, name=f"{_name(node)}.output")
+
+
+def _window(
+    s: Scope,
+    value: ir.Value,
+    start: tuple[int, int],
+    size: tuple[int, int],
+    stride: list[int],
+    channels: tuple[int, int] | None = None,
+) -> ir.Value:
+    """Rows and columns from `start`, `stride` apart; optionally a range of channels too."""
+    ends = [start[i] + (size[i] - 1) * stride[i] + 1 for i in range(2)]
+    axes, first, last, step = [2, 3], list(start), ends, list(stride)
+    if channels is not None:
+        axes, first, last, step = [1, *axes], [channels[0], *first], [channels[1], *last], [1, *step]
+    return s.op("Slice", value, s.const(first), s.const(last), s.const(axes), s.const(step))
+
+
+def _products(s: Scope, node: fx.Node, values: list[ir.Value], matrix: Tensor, scale: Tensor, bits: int) -> ir.Value:
+    """Sum of the products of each term with one weight matrix [K, N], plus the bias; float32."""
+    name = _name(node)
+    w = weight(s, name, matrix, scale, bits, 1)
+    results = [s.op("MatMul", value, w, name=name) for value in values]
+    total = results[0] if len(results) == 1 else s.op("Add", *results)
+    bias = s.constant_of(argument(node, 2, "bias"))
+    return (
+        total if bias is None else s.op("Add", total, s.builder.constant(bias, name=f"{name}.bias"), name=f"{name}.sum")
+    )
+
+
+def _scatter(s: Scope, node: fx.Node) -> Emitted:
+    """Products of every tap with the channels of a pixel, then ``y[p] = sum_r Z_r[p + r - padding]``."""
+    _, padding, dilation = _geometry(node)
+    codes, scale, bits = weight_codes(s.module, node)
+    outer, inner, *kernel = codes.shape
+    name, dims = _name(node), s.dims(node)
+    height, width = (d.fixed for d in s.dims(node.args[0])[2:])  # type: ignore[arg-type]
+
+    def pixels(s: Scope, source: fx.Node, term: ir.Value) -> ir.Value:
+        return s.op("Transpose", s.op("Reshape", term, s.const([0, inner, -1])), perm=[0, 2, 1])
+
+    matrix = codes.permute(1, 2, 3, 0).reshape(inner, -1).contiguous()  # [I, kh kw O]
+    w = weight(s, name, matrix, scale.repeat(kernel[0] * kernel[1]), bits, 1)
+    results = [s.op("MatMul", v, w, name=name) for v in dequantized_terms(s, node.args[0], pixels)]  # type: ignore[arg-type]
+    total = results[0] if len(results) == 1 else s.op("Add", *results)
+    planes = s.op("Reshape", s.op("Transpose", total, perm=[0, 2, 1]), s.const([0, matrix.shape[1], height, width]))
+    if any(padding):
+        planes = s.op("Pad", planes, s.const([0, 0, padding[0], padding[1], 0, 0, padding[0], padding[1]]))
+    size = (dims[2].fixed, dims[3].fixed)
+    taps = [(r, q) for r in range(kernel[0]) for q in range(kernel[1])]
+    parts = [
+        _window(s, planes, (r * dilation[0], q * dilation[1]), size, [1, 1], (i * outer, (i + 1) * outer))
+        for i, (r, q) in enumerate(taps)
+    ]
+    bias = s.constant_of(argument(node, 2, "bias"))
+    if bias is not None:
+        parts.append(s.builder.constant(bias.reshape(1, -1, 1, 1), name=f"{name}.bias"))
+    return parts[0] if len(parts) == 1 else s.op("Sum", *parts, name=f"{name}.output")
+
+
+def _linear(s: Scope, node: fx.Node) -> Emitted:
+    codes, scale, bits = weight_codes(s.module, node)
+    values = dequantized_terms(s, node.args[0])  # type: ignore[arg-type]
+    return _products(s, node, values, codes.t().contiguous(), scale, bits)
+
+
+def _conv_transpose2d(s: Scope, node: fx.Node) -> Emitted:
+    """Zeros between the codes, then a convolution with the flipped kernel."""
+    names = (("stride", 1), ("padding", 0), ("output_padding", 0))
+    stride, padding, extra = (pair(argument(node, 3 + i, n, d)) for i, (n, d) in enumerate(names))
+    dilation = pair(argument(node, 7, "dilation", 1))
+    codes, scale, bits = weight_codes(s.module, node)
+    top, bottom, left, right = transposed_settings(codes.shape[2:], stride, padding, extra, dilation)
+    if min(top, bottom, left, right) < 0:
+        raise ExportError(f"a transposed convolution with padding {padding} beyond its kernel has no ONNX form here")
+    dims = s.dims(node.args[0])  # type: ignore[arg-type]
+    zero = zero_code(s, node.args[0])  # type: ignore[arg-type]
+
+    def spread(s: Scope, source: fx.Node, term: ir.Value) -> ir.Value:
+        b, c, h, w = dims
+        split = s.reshape(term, [b, c, h, Dim(1), w, Dim(1)])
+        pads = [0] * 9 + [stride[0] - 1, 0, stride[1] - 1]
+        wide = [b, c, Dim(h.fixed * stride[0]), Dim(w.fixed * stride[1])]
+        joined = s.reshape(s.op("Pad", split, s.const(pads), zero), wide)
+        return _window(s, joined, (0, 0), ((h.fixed - 1) * stride[0] + 1, (w.fixed - 1) * stride[1] + 1), [1, 1])
+
+    x = dequantized_terms(s, node.args[0], spread)  # type: ignore[arg-type]
+    if len(x) > 1:
+        raise ExportError("a transposed convolution with a 16-bit input has no integer ONNX form here")
+    w = (codes.flip(2, 3).contiguous(), scale, bits)
+    return _qlinear_conv(s, node, x[0], w, [top, left, bottom, right], [1, 1], dilation, 1)
+
+
+def _dequantize_weight(s: Scope, node: fx.Node) -> Emitted:
+    """The float weight of a layer that reads no codes; integer layers store theirs themselves and leave this unread."""
+    return s.op("Identity", s.const(0.0), name=node.name)
+
+
+def _pad(base: Emitter) -> Emitter:
+    def emit(s: Scope, node: fx.Node) -> Emitted:
+        source: Any = node.args[0]
+        return pad_codes(s, node) if s.dtype(source) == torch.int8 else base(s, node)
+
+    return emit
+
+
+def table(base: dict[str, Emitter]) -> dict[str, Emitter]:
+    """Emitters of layers on top of those for float operators."""
+    return {
+        "aten.conv2d.default": quantized(base["aten.conv2d.default"], _conv2d),
+        "aten.linear.default": quantized(base["aten.linear.default"], _linear),
+        "aten.conv_transpose2d.input": quantized(base["aten.conv_transpose2d.input"], _conv_transpose2d),
+        "aten.constant_pad_nd.default": _pad(base["aten.constant_pad_nd.default"]),
+        "edadm.dequantize_weight.default": _dequantize_weight,
+    }

@@ -1,0 +1,184 @@
+"""From the qdq dialect to a graph whose nodes have one ONNX form each; all rewrites are exact, or named as not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from edadm_compile.errors import ExportError
+from edadm_compile.export.targets import OnnxTarget
+from edadm_compile.ir.analysis import fake_values
+from edadm_compile.ir.ops import op_name
+from edadm_compile.ir.output_codes import writes_codes
+from edadm_compile.ir.program import Program, Signature, get_constant, layer_of, set_constant
+from edadm_compile.ir.quantizers import QUANTIZE, drop_identity, quantize_first, share_quantizer, zero_padding
+
+aten, edadm = torch.ops.aten, torch.ops.edadm
+DEQUANTIZE = "edadm.dequantize.default"
+
+
+def prepare(program: Program, target: OnnxTarget) -> Program:
+    """Rewrite a private copy of a qdq program for one kind of consumer.
+
+    1. x / 1, x * 1, alias, contiguous, dropout, permute that keeps the order → x
+    2. quantize(move(x)) → move(quantize(x)) for views, transposes, nearest upsampling: codes are four times smaller
+    3. quantize(pad(x, 0)) → pad(quantize(x), code of zero)
+    4. equal quantizers of one value → one
+    5. convolution in the direct form → dequantize(quantize(convolution)) with its calibrated output range, unless it is
+       quantized right behind anyway (`OnnxTarget.output_codes`; rounds once more: the one rewrite that is not exact)
+    6. asymmetric activation codes → symmetric ones over the same range (`OnnxTarget.symmetric`; coarser)
+    7. quantizers of the second operand of a product of two activations → signed codes (``meta["signed"]``): fast there
+
+    Raises:
+        ExportError: a convolution without an output range.
+    """
+    program = program.fork()
+    graph = program.graph_module.graph
+    changed = True
+    while changed:
+        changed = False
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.users:
+                changed |= drop_identity(node) or _early(program, node) or share_quantizer(node)
+        graph.eliminate_dead_code()
+    if target.output_codes:
+        for node in list(graph.nodes):
+            _add_output_codes(program, node)
+    if target.symmetric:
+        _make_symmetric(program)
+    else:
+        _mark_signed(graph)
+    program.graph_module.recompile()
+    return program
+
+
+def _early(program: Program, node: fx.Node) -> bool:
+    """Rules 2 and 3; 16-bit codes become two tensors and stay where they are."""
+    narrow = op_name(node.target) == QUANTIZE and node.args[3] != 16
+    return narrow and (quantize_first(node) or _pad_codes(program, node))
+
+
+def _pad_codes(program: Program, node: fx.Node) -> bool:
+    """Rule 3."""
+    if (widths := zero_padding(node.args[0])) is None:
+        return False
+    pad = node.args[0]
+    assert isinstance(pad, fx.Node)
+    zero_point = get_constant(program.graph_module, str(node.args[2].target))  # type: ignore[union-attr]
+    with node.graph.inserting_before(node):
+        codes = node.graph.call_function(node.target, (pad.args[0], *node.args[1:]))  # type: ignore[arg-type]
+        padded = node.graph.call_function(aten.constant_pad_nd.default, (codes, widths, int(zero_point)))
+    codes.meta, padded.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(padded)
+    return True
+
+
+def _add_output_codes(program: Program, node: fx.Node) -> None:
+    """Rule 5."""
+    info, readers = layer_of(node), list(node.users)
+    if info is None or not writes_codes(node, info) or [op_name(u.target) for u in readers] == [QUANTIZE]:
+        return
+    if info.out_scale is None or info.out_zero_point is None:
+        raise ExportError(
+            f"layer {info.name} has no output scale, which the integer convolution of ONNX Runtime needs: the file was made "
+            "by an earlier version; compile the model again"
+        )
+    graph = program.graph_module.graph
+    names = [f"outputs.{node.name}.{part}" for part in ("scale", "zero_point")]
+    for name, values in zip(names, (info.out_scale, info.out_zero_point), strict=True):
+        set_constant(program.graph_module, name, torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1))
+    with graph.inserting_after(node):
+        scale = graph.get_attr(names[0])
+        with graph.inserting_after(scale):
+            zero = graph.get_attr(names[1])
+    with graph.inserting_after(zero):
+        codes = graph.call_function(edadm.quantize.default, (node, scale, zero, 8, False))
+    with graph.inserting_after(codes):
+        value = graph.call_function(edadm.dequantize.default, (codes, scale, zero))
+    for new in (codes, value):
+        new.meta = {"scope": node.meta.get("scope", ())}
+    for reader in readers:
+        reader.replace_input_with(node, value)
+
+
+def is_integer_layer(node: fx.Node) -> bool:
+    """Whether a layer node reads codes and a quantized weight."""
+    info = layer_of(node)
+    return info is not None and info.weight_bits < 32 and op_name(getattr(node.args[0], "target", "")) == DEQUANTIZE
+
+
+def _make_symmetric(program: Program) -> None:
+    """Rule 6: codes [-127, 127] that reach the farther end of the old range."""
+    module = program.graph_module
+    for node in list(module.graph.nodes):
+        if op_name(node.target) != QUANTIZE or node.args[3] > 8 or node.args[4]:
+            continue
+        scale, zero = (get_constant(module, str(a.target)) for a in node.args[1:3])
+        high = 2 ** (node.args[3] - 1) - 1
+        reach = torch.maximum((high - zero) * scale, (zero + high + 1) * scale)
+        for argument_, value in zip(node.args[1:3], (reach / high, torch.zeros_like(zero)), strict=True):
+            set_constant(module, f"symmetric.{argument_.target}", value)
+        _retarget(module, node)
+
+
+def _retarget(module: fx.GraphModule, node: fx.Node) -> None:
+    """Point a quantizer and the dequantizers of its codes to the symmetric constants."""
+    with module.graph.inserting_before(node):
+        scale, zero = (module.graph.get_attr(f"symmetric.{a.target}") for a in node.args[1:3])  # type: ignore[union-attr]
+    node.args = (node.args[0], scale, zero, node.args[3], True)
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if op_name(user.target) == DEQUANTIZE:
+            user.args = (user.args[0], scale, zero)
+        else:
+            if op_name(user.target) == "aten.constant_pad_nd.default":
+                user.args = (*user.args[:2], 0)
+            stack.extend(user.users)
+
+
+def _mark_signed(graph: fx.Graph) -> None:
+    """Rule 7, on the chain of movements between a quantizer and the product; a chain with other readers is copied."""
+    for node in list(graph.nodes):
+        info = layer_of(node)
+        if info is None or info.kind != "matmul" or info.act_bits == 32:
+            continue
+        right = node.args[1]
+        if not isinstance(right, fx.Node) or op_name(right.target) != DEQUANTIZE:
+            continue
+        with graph.inserting_before(node):
+            copy = graph.call_function(right.target, (_signed(graph, right.args[0]), *right.args[1:]))  # type: ignore
+        copy.meta = dict(right.meta)
+        node.replace_input_with(right, copy)
+    graph.eliminate_dead_code()
+
+
+def _signed(graph: fx.Graph, codes: fx.Node) -> fx.Node:
+    if op_name(codes.target) == QUANTIZE:
+        new = graph.call_function(codes.target, codes.args)  # type: ignore[arg-type]
+    else:
+        new = graph.call_function(codes.target, (_signed(graph, codes.args[0]), *codes.args[1:]), dict(codes.kwargs))  # type: ignore
+    new.meta = {**codes.meta, "signed": True}
+    return new
+
+
+def two_sizes(program: Program) -> tuple[tuple[dict[fx.Node, object], dict[fx.Node, object]], tuple[int, int]]:
+    """Fake values of every node at two batch sizes (one, twice, for a graph with a fixed batch)."""
+    sizes = batch_sizes(program.signature)
+    return (fake_values(program, sizes[0]), fake_values(program, sizes[1])), sizes
+
+
+def batch_sizes(signature: Signature) -> tuple[int, int]:
+    """Two batch sizes from which all others follow: apart by a prime, so that rounded halves and thirds are noticed."""
+    if signature.min_batch == signature.max_batch:
+        return signature.min_batch, signature.min_batch
+    return (4, 11) if signature.max_batch >= 11 else (2, 3)
+
+
+def weight_codes(module: fx.GraphModule, node: fx.Node) -> tuple[Tensor, Tensor, int]:
+    """int8 codes (output channels first), scales and width of the weight of an integer layer."""
+    from edadm_compile.quant import packing
+
+    w_q, scale, bits, shape, _axis = node.args[1].args  # type: ignore[union-attr]
+    codes = packing.unpack(get_constant(module, str(w_q.target)), int(bits), shape)  # type: ignore
+    return codes, get_constant(module, str(scale.target)), int(bits)  # type: ignore[union-attr, arg-type]

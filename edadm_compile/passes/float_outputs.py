@@ -1,0 +1,113 @@
+"""Find the convolutions whose output must not become 8-bit codes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edadm_compile.ir.analysis import layer_weight, shape_of
+from edadm_compile.ir.arguments import argument
+from edadm_compile.ir.output_codes import writes_codes
+from edadm_compile.ir.program import Program, layer_of
+from edadm_compile.passes.assign_widths import MEASURE_LIMIT
+from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
+from edadm_compile.passes.sensitivity import float_values, output_energy, output_error
+from edadm_compile.quant.affine import dequantize, quantize
+from edadm_compile.quant.spec import act_spec
+
+#: All remaining output codes together may cost this much (dB): well below the noise of 8-bit activations.
+_TARGET_DB = 45.0
+#: Share of the multiplications of all convolutions in layers with a float output, which take twice the time.
+_LARGEST_SHARE = 0.10
+#: A float output must take this many times the share of the error that it takes of the multiplications.
+_WORTH = 4.0
+#: Layers behind the stem that get a float output where measuring would take too long.
+_UNMEASURED = 2
+
+
+@dataclass(frozen=True)
+class FloatOutputs:
+    """Annotates a float graph; changes no operator. For engines whose integer convolution writes codes.
+
+    1. convolutions whose 8-bit output hurts most per multiplication → ``float_output``, worst first, while that is
+       `_WORTH` it, until the others together stay below `_TARGET_DB`, within `_LARGEST_SHARE` of the multiplications;
+       above `MEASURE_LIMIT` parameters the first convolutions behind the stem instead
+
+    Does nothing in the baseline and with strict widths.
+    """
+
+    name: str = "float_outputs"
+    reads: str = "float"
+    writes: str = "float"
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Measure and annotate."""
+        nodes = [n for n in program.graph_module.graph.nodes if writes_codes(n, layer_of(n))]
+        if ctx.config.uniform or ctx.config.is_baseline or not nodes:
+            return PassResult(program, False, {"float_outputs": []})
+        if sum(layer_weight(program, n).numel() for n in nodes) > MEASURE_LIMIT:
+            chosen, errors = nodes[:_UNMEASURED], {}
+        else:
+            errors = self._errors(program, nodes, ctx)
+            chosen = _worst(program, errors)
+        for node in chosen:
+            info = layer_of(node)
+            assert info is not None
+            node.meta["layer"] = replace(info, float_output=True)
+        names = {_name(n): e for n, e in errors.items()}
+        return PassResult(program, True, {"float_outputs": [_name(n) for n in chosen], "output_sensitivity": names})
+
+    @staticmethod
+    def _errors(program: Program, nodes: list[fx.Node], ctx: Context) -> dict[fx.Node, float]:
+        """Noise-to-signal ratio of the model's output when one convolution alone writes codes."""
+        values = float_values(program, ctx)
+        energy = output_energy(program, values)
+        generator = ctx.generator(5)
+        ctx.progress.stage("output codes", len(nodes))
+        errors = {}
+        for node in nodes:
+            changed: dict[fx.Node, Any] = {node: _coded(node, values[node], generator)}
+            errors[node] = output_error(program, changed, values) / energy
+            ctx.progress.advance(1, _name(node))
+        return errors
+
+
+def _coded(node: fx.Node, value: Tensor, generator: torch.Generator) -> Tensor:
+    """The value [B, C, H, W] rounded to 8-bit codes of the best range of each channel."""
+    observer = ChannelObserver()
+    observer.update(value, KEEP, generator)
+    scale, zero = (v.reshape(-1, 1, 1) for v in observer.affine(_name(node), minmax=False))
+    spec = act_spec(8)
+    return dequantize(quantize(value, scale, zero, spec.qmin, spec.qmax), scale, zero)
+
+
+def _worst(program: Program, errors: dict[fx.Node, float]) -> list[fx.Node]:
+    allowed, total = 10 ** (-_TARGET_DB / 10), sum(errors.values())
+    products = sum(_products(program, n) for n in errors)
+    remaining, budget = total, _LARGEST_SHARE * products
+    chosen: list[fx.Node] = []
+    for node in sorted(errors, key=lambda n: (-errors[n] / _products(program, n), n.name)):
+        if remaining <= allowed:
+            break
+        worthwhile = errors[node] / total >= _WORTH * _products(program, node) / products
+        if worthwhile and _products(program, node) <= budget and argument(node, 6, "groups", 1) == 1:
+            budget -= _products(program, node)
+            remaining -= errors[node]
+            chosen.append(node)
+    return chosen
+
+
+def _products(program: Program, node: fx.Node) -> int:
+    """Multiplications of a convolution for one image."""
+    return layer_weight(program, node).numel() * math.prod(shape_of(node)[2:])
+
+
+def _name(node: fx.Node) -> str:
+    info = layer_of(node)
+    assert info is not None
+    return info.name
