@@ -139,6 +139,7 @@ def _retarget(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _mark_signed(graph: fx.Graph) -> None:
     """Rule 7, on the chain of movements between a quantizer and the product; a chain with other readers is copied."""
+    made: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         info = layer_of(node)
         if info is None or info.kind != "matmul" or info.act_bits == 32:
@@ -147,18 +148,22 @@ def _mark_signed(graph: fx.Graph) -> None:
         if not isinstance(right, fx.Node) or op_name(right.target) != DEQUANTIZE:
             continue
         with graph.inserting_before(node):
-            copy = graph.call_function(right.target, (_signed(graph, right.args[0]), *right.args[1:]))  # type: ignore
+            copy = graph.call_function(right.target, (_signed(graph, right.args[0], made), *right.args[1:]))  # type: ignore
         copy.meta = dict(right.meta)
         node.replace_input_with(right, copy)
     graph.eliminate_dead_code()
 
 
-def _signed(graph: fx.Graph, codes: fx.Node) -> fx.Node:
+def _signed(graph: fx.Graph, codes: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
+    if codes in made:
+        return made[codes]
     if op_name(codes.target) == QUANTIZE:
         new = graph.call_function(codes.target, codes.args)  # type: ignore[arg-type]
     else:
-        new = graph.call_function(codes.target, (_signed(graph, codes.args[0]), *codes.args[1:]), dict(codes.kwargs))  # type: ignore
+        source = _signed(graph, codes.args[0], made)  # type: ignore[arg-type]
+        new = graph.call_function(codes.target, (source, *codes.args[1:]), dict(codes.kwargs))  # type: ignore[arg-type]
     new.meta = {**codes.meta, "signed": True}
+    made[codes] = new
     return new
 
 

@@ -1,7 +1,7 @@
 """Quantized convolutions and linear layers in the forms that ONNX Runtime runs in integers (docs/onnx.md).
 
 direct    QLinearConv: codes in, codes out
-gather    patches of codes, then MatMulIntegerToFloat: float out
+gather    patches of codes, then QGemm: float out
 scatter   MatMulIntegerToFloat per tap, then the sum of shifted results: float out, for few output channels
 """
 
@@ -150,58 +150,62 @@ def _bias(s: Scope, name: str, bias: Tensor, scale: Tensor) -> ir.Value:
 
 
 def _gather(s: Scope, node: fx.Node) -> Emitted:
-    """Columns of codes [B, H'W', kh kw C] times [kh kw C, O], for each 8-bit term."""
+    """Rows of codes [B H' W', kh kw C] times [kh kw C, O], for each 8-bit term; patches are gathered channels last."""
     stride, padding, dilation = _geometry(node)
     codes, scale, bits = weight_codes(s.module, node)
     kernel, dims = list(codes.shape[2:]), s.dims(node)
-    rows, columns = dims[2].fixed, dims[3].fixed
     zero = zero_code(s, node.args[0])  # type: ignore[arg-type]
 
     def patches(s: Scope, source: fx.Node, term: ir.Value) -> ir.Value:
+        term = s.op("Transpose", term, perm=[0, 2, 3, 1])
         if any(padding):
-            pads = s.const([0, 0, padding[0], padding[1], 0, 0, padding[0], padding[1]])
-            term = s.op("Pad", term, pads, zero)
+            term = s.op("Pad", term, s.const([0, padding[0], padding[1], 0, 0, padding[0], padding[1], 0]), zero)
+        size = (dims[2].fixed, dims[3].fixed)
         taps = [
-            _window(s, term, (r * dilation[0], q * dilation[1]), (rows, columns), stride)
+            _window(s, term, (r * dilation[0], q * dilation[1]), size, stride, first_axis=1)
             for r in range(kernel[0])
             for q in range(kernel[1])
         ]
-        joined = taps[0] if len(taps) == 1 else s.op("Concat", *taps, axis=1)
-        flat = s.op("Reshape", joined, s.const([0, codes[0].numel(), -1]))
-        return s.op("Transpose", flat, perm=[0, 2, 1])
+        joined = taps[0] if len(taps) == 1 else s.op("Concat", *taps, axis=3)
+        return s.op("Reshape", joined, s.const([-1, codes[0].numel()]))
 
     matrix = codes.permute(2, 3, 1, 0).reshape(-1, codes.shape[0]).contiguous()
     values = dequantized_terms(s, node.args[0], patches)  # type: ignore[arg-type]
     result = _products(s, node, values, matrix, scale, bits)
-    return s.reshape(s.op("Transpose", result, perm=[0, 2, 1]), dims, dims, name=f"{_name(node)}.output")
+    rows = s.reshape(result, [dims[0], dims[2], dims[3], dims[1]])
+    return s.op("Transpose", rows, perm=[0, 3, 1, 2], name=f"{_name(node)}.output")
 
 
 def _window(
-    s: Scope,
-    value: ir.Value,
-    start: tuple[int, int],
-    size: tuple[int, int],
-    stride: list[int],
-    channels: tuple[int, int] | None = None,
-) -> ir.Value:
-    """Rows and columns from `start`, `stride` apart; optionally a range of channels too."""
+    s: Scope, value: ir.Value, start: tuple[int, int], size: tuple[int, int], stride: list[int],
+    channels: tuple[int, int] | None = None, first_axis: int = 2,
+) -> ir.Value:  # fmt: skip
+    """Rows and columns from `start`, `stride` apart; optionally a range of channels (in front of them) too."""
     ends = [start[i] + (size[i] - 1) * stride[i] + 1 for i in range(2)]
-    axes, first, last, step = [2, 3], list(start), ends, list(stride)
+    axes, first, last, step = [first_axis, first_axis + 1], list(start), ends, list(stride)
     if channels is not None:
         axes, first, last, step = [1, *axes], [channels[0], *first], [channels[1], *last], [1, *step]
     return s.op("Slice", value, s.const(first), s.const(last), s.const(axes), s.const(step))
 
 
 def _products(s: Scope, node: fx.Node, values: list[ir.Value], matrix: Tensor, scale: Tensor, bits: int) -> ir.Value:
-    """Sum of the products of each term with one weight matrix [K, N], plus the bias; float32."""
+    """Sum of the products of each term [M, K] with one weight matrix [K, N], plus the bias; float32 [M, N].
+
+    Gemm with an int32 bias and no quantizer behind becomes QGemm. A MatMul followed by an Add would not do: where the
+    shape is known, ONNX Runtime makes a float Gemm of the two before it looks for integers.
+    """
     name = _name(node)
-    w = weight(s, name, matrix, scale, bits, 1)
-    results = [s.op("MatMul", value, w, name=name) for value in values]
-    total = results[0] if len(results) == 1 else s.op("Add", *results)
-    bias = s.constant_of(argument(node, 2, "bias"))
-    return (
-        total if bias is None else s.op("Add", total, s.builder.constant(bias, name=f"{name}.bias"), name=f"{name}.sum")
-    )
+    bias, x_scale = s.constant_of(argument(node, 2, "bias")), s.constant_of(node.args[0].args[1])  # type: ignore
+    assert x_scale is not None
+    if bias is not None:
+        matrix, scale = (v.t() if v.dim() == 2 else v for v in _room_for_bias(matrix.t(), scale, bias, x_scale))
+    w = weight(s, name, matrix.contiguous(), scale, bits, 1)
+    results = []
+    for index, value in enumerate(values):
+        last = index + 1 == len(values) and bias is not None
+        added = (_bias(s, name, bias, x_scale * scale),) if last and bias is not None else ()
+        results.append(s.op("Gemm", value, w, *added, name=name))
+    return results[0] if len(results) == 1 else s.op("Add", *results, name=f"{name}.sum")
 
 
 def _scatter(s: Scope, node: fx.Node) -> Emitted:
@@ -236,8 +240,14 @@ def _scatter(s: Scope, node: fx.Node) -> Emitted:
 
 def _linear(s: Scope, node: fx.Node) -> Emitted:
     codes, scale, bits = weight_codes(s.module, node)
-    values = dequantized_terms(s, node.args[0])  # type: ignore[arg-type]
-    return _products(s, node, values, codes.t().contiguous(), scale, bits)
+
+    def rows(s: Scope, source: fx.Node, term: ir.Value) -> ir.Value:
+        return term if s.rank(source) == 2 else s.op("Reshape", term, s.const([-1, codes.shape[1]]))
+
+    values = dequantized_terms(s, node.args[0], rows)  # type: ignore[arg-type]
+    result = _products(s, node, values, codes.t(), scale, bits)
+    dims = s.dims(node)
+    return result if len(dims) == 2 else s.reshape(result, dims, name=f"{_name(node)}.output")
 
 
 def _conv_transpose2d(s: Scope, node: fx.Node) -> Emitted:

@@ -38,11 +38,10 @@ def nearest(spatial: int) -> Emitter:
             for r, t, n in zip(repeats, tables, sizes, strict=True)
         )  # fmt: skip
         if whole:
-            scales = s.const([float(r) for r in repeats])
+            # Without the attribute axes: ONNX Runtime 1.32's layout optimizer breaks a Resize that has it.
+            scales = s.const([1.0, 1.0, *(float(r) for r in repeats)])
             modes = {"nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
-            x = s.op(
-                "Resize", x, None, scales, mode="nearest", axes=[2 + i for i in range(spatial)], name=node.name, **modes
-            )
+            x = s.op("Resize", x, None, scales, mode="nearest", name=node.name, **modes)
             return shaped(s, node, x, have)
         for i, table in enumerate(tables):
             x = s.op("Gather", x, s.const(table), axis=2 + i, name=node.name)
@@ -79,14 +78,14 @@ def smooth(operator: str, mode: str | None, spatial: int = 2) -> Emitter:
         factors: list[Any] = [None] * spatial if align else _factors(node, spatial)
         if mode == "linear":  # where the size stays torch copies, whatever the factor
             factors = [1.0 if f and n == m else f for f, n, m in zip(factors, sizes, want, strict=True)]
-        inputs = _resize_inputs(s, sizes, want, factors)
+        inputs = _resize_inputs(s, x, sizes, want, factors)
         if operator == _ANTIALIASED and 1 in (sizes[-1], want[-1]):
             raise ExportError("antialiased resizing from or to a width of 1: torch 2.13 computes columns wrongly there")
         if mode is None or inputs is None:
             tables = (_weights(operator, *how, align) for how in zip(sizes, want, factors, strict=True))
             return shaped(s, node, _by_products(s, x, list(tables), node.name), have)
         result = s.op(
-            "Resize", x, None, *inputs, axes=list(range(2, 2 + spatial)), mode=mode,
+            "Resize", x, None, *inputs, mode=mode,
             coordinate_transformation_mode="align_corners" if align else "half_pixel", name=node.name,
         )  # fmt: skip
         return shaped(s, node, result, have)
@@ -94,15 +93,17 @@ def smooth(operator: str, mode: str | None, spatial: int = 2) -> Emitter:
     return emit
 
 
-def _resize_inputs(s: Scope, sizes: list[int], want: list[int], factors: list[Any]) -> list[ir.Value | None] | None:
+def _resize_inputs(
+    s: Scope, x: ir.Value, sizes: list[int], want: list[int], factors: list[Any]
+) -> list[ir.Value | None] | None:
     """Scales or sizes for Resize; None where it cannot be told both torch's factors and the size of the result."""
     if all(f is None for f in factors):
-        return [None, s.const(want)]
+        return [None, s.op("Concat", s.op("Shape", x, start=0, end=2), s.const(want), axis=0)]
     if None in factors:
         return None
     scales, counts = torch.tensor(factors, dtype=torch.float32), torch.tensor(sizes)
     reached = [(counts * scales).floor(), (counts * scales.double()).floor()]  # ONNX Runtime; onnx.checker
-    return [s.const(scales)] if all(r.tolist() == want for r in reached) else None
+    return [s.const(torch.cat((torch.ones(2), scales)))] if all(r.tolist() == want for r in reached) else None
 
 
 def _by_products(s: Scope, x: ir.Value, tables: list[torch.Tensor], name: str) -> ir.Value:
