@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.evaluate.metrics import sqnr
-from edadm_compile.export.convert import Exported, ExportedLayer
+from edadm_compile.export.convert import OUTPUT, Exported, ExportedLayer
 from edadm_compile.export.files import save
 from edadm_compile.export.optimized import INTEGER_OPS, OptimizedGraph, read_optimized
 from edadm_compile.export.probes import save_probed
@@ -50,9 +50,9 @@ class Check:
         """
         with tempfile.TemporaryDirectory(prefix="edadm-") as folder:
             optimized, values = self._run_all(Path(folder))
-        rows = [self._row(layer, optimized, values) for layer in self.exported.layers]
-        rows = [r for r in rows if r is not None]
-        prediction = torch.from_numpy(values[self.exported.model.graph.outputs[0].name])
+        found = [self._row(layer, optimized, values) for layer in self.exported.layers]
+        rows = [r for r in found if r is not None]
+        prediction = torch.from_numpy(values[OUTPUT])
         reference = ReferenceEngine(self.lowered)(*self.inputs)
         return {
             "counts": _counts(rows),
@@ -113,7 +113,7 @@ class Check:
         truth = (
             _product(self.exported.prepared, layer, codes) if layer.info.kind == "matmul" else self._layer(layer, codes)
         )
-        found = values[layer.output.name]
+        found = values[str(layer.output.name)]
         if layer.quantizer is None:
             scale = float(truth.abs().max()) or 1.0
             error = float((torch.from_numpy(found) - truth).abs().max()) / scale
@@ -127,9 +127,8 @@ class Check:
 
     def _twin(self, layer: ExportedLayer) -> fx.Node:
         """The layer in the program of integer operators."""
-        return next(
-            n for n in self.lowered.graph_module.graph.nodes if (i := layer_of(n)) and i.name == layer.info.name
-        )
+        nodes: list[fx.Node] = list(self.lowered.graph_module.graph.nodes)
+        return next(n for n in nodes if (i := layer_of(n)) and i.name == layer.info.name)
 
     def _accumulator_unit(self, layer: ExportedLayer) -> float:
         """What one unit of a layer's int32 sums is worth: the largest ``s_x s_w``."""

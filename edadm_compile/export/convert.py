@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -13,6 +14,7 @@ import edadm_compile
 from edadm_compile.export import time
 from edadm_compile.export.builder import DTYPES, Builder
 from edadm_compile.export.operators import FLOAT_TABLE, codes, layers
+from edadm_compile.export.operators.layers import absorbed_padding
 from edadm_compile.export.prepare import DEQUANTIZE, is_integer_layer, prepare, two_sizes
 from edadm_compile.export.scope import Dim, Emitted, Emitter, Scope
 from edadm_compile.export.targets import OnnxTarget
@@ -88,7 +90,7 @@ def convert(program: Program, target: OnnxTarget, *, int4: bool = False, scalar_
     inputs = [_input(builder, spec, fixed, scalar_time) for spec in signature.inputs]
     values, sizes = two_sizes(prepared)
     scope = Scope(prepared.graph_module, builder, table, values, sizes)
-    scope.signed, scope.int4 = target.signed, int4
+    scope.signed, scope.int4, scope.plain_layers = target.signed, int4, not target.output_codes
     scope.batch = builder.op("Shape", inputs[0], start=0, end=1, name="batch")
     t = builder.op("Expand", inputs[1], scope.batch, name="timesteps")
     arguments: list[Emitted] = [inputs[0], t, *inputs[2:]]
@@ -118,8 +120,9 @@ def _layer(scope: Scope, node: fx.Node) -> ExportedLayer:
     plain = ExportedLayer(node, info, tuple(scope.products[node]))
     if info.weight_bits == 32 or not is_integer_layer(node):
         return plain
-    sources = [a.args[0] for a in node.args[:2] if isinstance(a, fx.Node) and op_name(a.target) == DEQUANTIZE]
-    moved = sources[0] if op_name(sources[0].target) == "aten.constant_pad_nd.default" else None  # type: ignore[union-attr]
+    dequantizers: list[Any] = [a for a in node.args[:2] if op_name(getattr(a, "target", "")) == DEQUANTIZE]
+    sources: list[fx.Node] = [d.args[0] for d in dequantizers]
+    moved = absorbed_padding(scope, node)
     found = [scope.emitted[moved.args[0] if moved is not None else s] for s in sources]  # type: ignore[index]
     codes_ = tuple(v for f in found for v in (f if isinstance(f, tuple) else (f,)))
     readers = list(node.users)

@@ -27,7 +27,8 @@ def prepare(program: Program, target: OnnxTarget) -> Program:
     5. convolution in the direct form → dequantize(quantize(convolution)) with its calibrated output range, unless it is
        quantized right behind anyway (`OnnxTarget.output_codes`; rounds once more: the one rewrite that is not exact)
     6. asymmetric activation codes → symmetric ones over the same range (`OnnxTarget.symmetric`; coarser)
-    7. quantizers of the second operand of a product of two activations → signed codes (``meta["signed"]``): fast there
+    7. quantizers of 16 bits are dropped, the layer's input stays float (where not `OnnxTarget.two_terms`)
+    8. quantizers of the second operand of a product of two activations → signed codes (``meta["signed"]``): fast there
 
     Raises:
         ExportError: a convolution without an output range.
@@ -41,6 +42,8 @@ def prepare(program: Program, target: OnnxTarget) -> Program:
             if node.op == "call_function" and node.users:
                 changed |= drop_identity(node) or _early(program, node) or share_quantizer(node)
         graph.eliminate_dead_code()
+    if not target.two_terms:
+        _drop_wide_codes(graph)
     if target.output_codes:
         for node in list(graph.nodes):
             _add_output_codes(program, node)
@@ -54,8 +57,9 @@ def prepare(program: Program, target: OnnxTarget) -> Program:
 
 def _early(program: Program, node: fx.Node) -> bool:
     """Rules 2 and 3; 16-bit codes become two tensors and stay where they are."""
-    narrow = op_name(node.target) == QUANTIZE and node.args[3] != 16
-    return narrow and (quantize_first(node) or _pad_codes(program, node))
+    if op_name(node.target) != QUANTIZE or node.args[3] == 16:
+        return False
+    return quantize_first(node) or _pad_codes(program, node)
 
 
 def _pad_codes(program: Program, node: fx.Node) -> bool:
@@ -71,6 +75,14 @@ def _pad_codes(program: Program, node: fx.Node) -> bool:
     codes.meta, padded.meta = dict(node.meta), dict(node.meta)
     node.replace_all_uses_with(padded)
     return True
+
+
+def _drop_wide_codes(graph: fx.Graph) -> None:
+    """Rule 7."""
+    for node in list(graph.nodes):
+        if op_name(node.target) == DEQUANTIZE and node.args[0].args[3] == 16:
+            node.replace_all_uses_with(node.args[0].args[0])
+    graph.eliminate_dead_code()
 
 
 def _add_output_codes(program: Program, node: fx.Node) -> None:
@@ -104,7 +116,9 @@ def _add_output_codes(program: Program, node: fx.Node) -> None:
 def is_integer_layer(node: fx.Node) -> bool:
     """Whether a layer node reads codes and a quantized weight."""
     info = layer_of(node)
-    return info is not None and info.weight_bits < 32 and op_name(getattr(node.args[0], "target", "")) == DEQUANTIZE
+    if info is None or info.weight_bits == 32:
+        return False
+    return bool(op_name(getattr(node.args[0], "target", "")) == DEQUANTIZE)
 
 
 def _make_symmetric(program: Program) -> None:
@@ -138,7 +152,7 @@ def _retarget(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _mark_signed(graph: fx.Graph) -> None:
-    """Rule 7, on the chain of movements between a quantizer and the product; a chain with other readers is copied."""
+    """Rule 8, on the chain of movements between a quantizer and the product; a chain with other readers is copied."""
     made: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         info = layer_of(node)

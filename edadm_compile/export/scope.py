@@ -58,6 +58,7 @@ class Scope:
         self._values, self._sizes = values, sizes
         self.signed = False  # activation codes are int8, otherwise uint8
         self.int4 = False  # weights of up to 4 bits are stored as INT4
+        self.plain_layers = False  # layers keep their own form, with float biases and float outputs
         self.emitted: dict[fx.Node, Emitted] = {}
         self.batch: ir.Value | None = None  # int64 [1], the batch size at run time
         self.products: dict[fx.Node, list[str]] = {}  # layer -> names of its ONNX convolutions and matrix products
@@ -205,7 +206,7 @@ class Scope:
         name = op_name(node.target)
         if name == "operator.getitem":
             items = self.emitted[node.args[0]]  # type: ignore[index]
-            return items[node.args[1]]  # type: ignore[index, return-value]
+            return items[node.args[1]]  # type: ignore[index]
         if name not in self.table:
             raise ExportError(f"{self.place(node)}: operator {name} has no ONNX form in this version")
         before = len(self.builder.nodes)

@@ -6,6 +6,8 @@ signed. 16-bit codes are a pair of 8-bit terms, ``256 * hi + lo``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx
@@ -125,14 +127,15 @@ def zero_code(s: Scope, node: fx.Node) -> ir.Value:
 
 def pad_codes(s: Scope, node: fx.Node) -> Emitted:
     """``constant_pad_nd`` of codes: [left, right, top, bottom] with a code."""
-    source, widths, code = node.args[:3]
+    arguments: Any = node.args
+    source, widths, code = arguments[:3]
     assert isinstance(source, fx.Node)
-    left, right, top, bottom = widths  # type: ignore[misc]
+    left, right, top, bottom = widths
     pads = s.const([0, 0, top, left, 0, 0, bottom, right])
     found = s.emitted[source]
     assert isinstance(found, ir.Value)
     kind = code_type(s, source)
-    return s.op("Pad", found, pads, s.const(int(code) + offset(s, source), kind), name=node.name)  # type: ignore[arg-type]
+    return s.op("Pad", found, pads, s.const(int(code) + offset(s, source), kind), name=node.name)
 
 
 TABLE: dict[str, Emitter] = {"edadm.quantize.default": _quantize, "edadm.dequantize.default": _dequantize}

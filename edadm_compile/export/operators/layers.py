@@ -58,17 +58,19 @@ def _name(node: fx.Node) -> str:
 def _conv2d(s: Scope, node: fx.Node) -> Emitted:
     info = layer_of(node)
     assert info is not None
-    return {"direct": _direct, "gather": _gather, "scatter": _scatter}[convolution_form(node, info)](s, node)
+    form = "direct" if s.plain_layers else convolution_form(node, info)
+    return {"direct": _direct, "gather": _gather, "scatter": _scatter}[form](s, node)
 
 
 def _direct(s: Scope, node: fx.Node) -> Emitted:
     stride, padding, dilation = _geometry(node)
     pads = [padding[0], padding[1], padding[0], padding[1]]
     x = s.value(node.args[0])
-    source = _unpadded(node)
-    if source is not None:  # the padding of the codes joins that of the convolution: both mean zero
-        left, right, top, bottom = source.args[1]  # type: ignore[misc]
-        pads = [pads[0] + top, pads[1] + left, pads[2] + bottom, pads[3] + right]  # type: ignore[operator]
+    source = absorbed_padding(s, node)
+    if source is not None:
+        widths: Any = source.args[1]
+        left, right, top, bottom = widths
+        pads = [pads[0] + top, pads[1] + left, pads[2] + bottom, pads[3] + right]
         x = dequantized_terms(s, node.args[0], lambda s, codes, term: s.emitted[source.args[0]])[0]  # type: ignore
     codes, scale, bits = weight_codes(s.module, node)
     return _qlinear_conv(s, node, x, (codes, scale, bits), pads, stride, dilation, argument(node, 6, "groups", 1))
@@ -81,8 +83,11 @@ def _geometry(node: fx.Node) -> tuple[list[int], list[int], list[int]]:
     return stride, padding, dilation
 
 
-def _unpadded(node: fx.Node) -> fx.Node | None:
-    """The padding of codes right in front of a convolution's dequantizer, if there is one."""
+def absorbed_padding(s: Scope, node: fx.Node) -> fx.Node | None:
+    """The padding of codes in front of a convolution in the direct form, which does it itself: both mean zero."""
+    info = layer_of(node)
+    if info is None or info.kind != "conv2d" or not (s.plain_layers or convolution_form(node, info) == "direct"):
+        return None
     codes = node.args[0].args[0]  # type: ignore[union-attr]
     is_pad = isinstance(codes, fx.Node) and op_name(codes.target) == "aten.constant_pad_nd.default"
     return codes if is_pad else None  # type: ignore[return-value]
@@ -141,7 +146,9 @@ def _room_for_bias(codes: Tensor, scale: Tensor, bias: Tensor, x_scale: Tensor) 
 
 
 def _bias(s: Scope, name: str, bias: Tensor, scale: Tensor) -> ir.Value:
-    """int32 bias with scale ``s_x * s_w``, as the integer convolution wants it."""
+    """int32 bias with scale ``s_x * s_w``, as integer kernels of ONNX Runtime want it; float for others."""
+    if s.plain_layers:
+        return s.builder.constant(bias.float(), name=f"{name}.bias")
     codes = torch.round(bias.double() / scale.double()).to(torch.int32)
     stored = s.builder.constant(codes, name=f"{name}.bias_q")
     scales = s.builder.constant(scale.float(), name=f"{name}.bias_scale")
@@ -278,8 +285,13 @@ def _conv_transpose2d(s: Scope, node: fx.Node) -> Emitted:
 
 
 def _dequantize_weight(s: Scope, node: fx.Node) -> Emitted:
-    """The float weight of a layer that reads no codes; integer layers store theirs themselves and leave this unread."""
-    return s.op("Identity", s.const(0.0), name=node.name)
+    """The float weight of a layer whose input stays float; integer layers store theirs themselves and leave this unread."""
+    layer = next(iter(node.users))
+    if is_integer_layer(layer):
+        return s.const(0.0)
+    codes, scale, bits = weight_codes(s.module, layer)
+    axis = int(node.args[4])  # type: ignore[arg-type]
+    return weight(s, _name(layer), codes.transpose(0, axis).contiguous(), scale, bits, axis)
 
 
 def _pad(base: Emitter) -> Emitter:
