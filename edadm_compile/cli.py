@@ -173,7 +173,6 @@ def compile(
     MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
     """
     from edadm_compile.driver import compile as driver
-    from edadm_compile.driver import device_code
     from edadm_compile.report import progress as bars
     from edadm_compile.report import tables
 
@@ -184,7 +183,9 @@ def compile(
         config_file=config_file,
         dump=dump_graphs,
         options=options,
-        device_code=device_code.options_of(targets, batch, store),
+        targets=targets,
+        batch=batch,
+        store=store,
     )
     with bars.reporter(quiet or as_json) as progress:
         summary = driver.run(request, progress)

@@ -16,7 +16,7 @@ RANK = {
 ALLOWED = {
     "diffusers": {"calibration", "frontend"}, "sklearn": {"calibration", "frontend"}, "safetensors": {"runtime", "frontend", "driver"},
     "click": {"cli"}, "rich": {"report", "driver", "cli"}, "PIL": {"driver", "report"}, "numpy": {"calibration", "evaluate", "report", "runtime"},
-    "triton": {"kernels"}, "cuda": {"runtime"}, "onnx": {"export"}, "onnx_ir": {"export"}, "ml_dtypes": {"export"}, "onnxruntime": {"runtime"},
+    "triton": {"kernels"}, "cuda": {"runtime"}, "onnx": {"export"}, "onnx_ir": {"export", "runtime"}, "ml_dtypes": {"export"}, "onnxruntime": {"runtime"},
     "torch": set(RANK) - {"errors", "config", "cli"},
 }  # fmt: skip
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")

@@ -14,6 +14,8 @@ from torch import Tensor
 from edadm_compile.config import TdacConfig
 from edadm_compile.errors import CalibrationError
 
+_ROUNDING = 1e-12  # relative; float64 leaves about 1e-16 times the square root of the feature's size
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -56,7 +58,11 @@ def score(features: list[Tensor], config: TdacConfig) -> tuple[Tensor, Tensor, f
     count, size = flat.shape
     gram = flat @ flat.T
     norms = gram.diagonal()
-    distance = ((norms[:, None] + norms[None, :] - 2 * gram) / size).clamp(min=0)
+    sums = norms[:, None] + norms[None, :]
+    apart = sums - 2 * gram
+    # What the cancellation leaves of two equal features differs from pair to pair and from one BLAS to the next; a
+    # radius must not fall among these.
+    distance = torch.where(apart > _ROUNDING * sums, apart, 0) / size
     positions = features[0].numel() // features[0].shape[1]
     cosine = (positions - unit @ unit.T).clamp(min=0)
     off = ~torch.eye(count, dtype=torch.bool)

@@ -14,7 +14,7 @@ from torch import nn
 
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
-from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build
+from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, options_of
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
 from edadm_compile.frontend import Source, load_source
@@ -39,7 +39,7 @@ class Request:
         config_file: TOML or JSON settings.
         dump: folder for the graph after each pass.
         options: command-line options by name, None where not given.
-        device_code: GPU code to make; None for none.
+        targets, batch, store: options of the GPU code to make, None where not given.
     """
 
     model: Path
@@ -48,7 +48,9 @@ class Request:
     config_file: Path | None
     dump: Path | None
     options: dict[str, Any]
-    device_code: DeviceOptions | None = None
+    targets: str | None = None
+    batch: str | None = None
+    store: str | None = None
 
 
 def run(request: Request, progress: Progress) -> dict[str, Any]:
@@ -61,12 +63,14 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
     _check_writable(request.output)
     config = make_config(request.options, request.config_file)
+    # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
+    targets = "none" if config.deploy and request.targets is None else request.targets
+    device_code = options_of(targets, request.batch, request.store)
+    _check_device_code(config, device_code)
     source = load_source(request.model, load_options(request.options))
-    if request.device_code is not None and request.device_code.targets:
-        triton_folder()  # fail before the work, not after it
     result = compile_source(source, config, progress, dump=_dumper(request.dump))
     start = time.perf_counter()
-    bundle = None if request.device_code is None else build(result.lowered, request.device_code, progress)
+    bundle = build(result.lowered, device_code, progress)
     result.seconds["kernels"] = time.perf_counter() - start
     size = write(to_artifact(result, bundle), request.output)
     return {**summary(result, source, request.output, size), "device": describe(bundle)}
@@ -108,9 +112,11 @@ def compile_model(
         source = model
     else:
         source = load_source(Path(model), LoadOptions(**options))
-    result = compile_source(source, config or QuantConfig(), progress)
+    config = config or QuantConfig()
+    device_code = DeviceOptions(parse_targets(targets), tuple(batches)) if output is not None else DeviceOptions(())
+    _check_device_code(config, device_code)
+    result = compile_source(source, config, progress)
     if output is not None:
-        device_code = DeviceOptions(parse_targets(targets), tuple(batches))
         write(to_artifact(result, build(result.lowered, device_code, progress or Silent())), Path(output))
     return result
 
@@ -193,6 +199,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+def _check_device_code(config: QuantConfig, options: DeviceOptions) -> None:
+    """Refuse GPU code that cannot be made before hours of work, not after."""
+    if not options.targets:
+        return
+    if config.deploy is not None:
+        raise ConfigError(
+            f"deploy = {config.deploy!r} and targets {', '.join(options.targets)} exclude each other: convolution "
+            "outputs rounded to 8 bits have no GPU kernel; compile twice, or with targets 'none'"
+        )
+    triton_folder()
 
 
 def _check_writable(output: Path) -> None:

@@ -107,6 +107,21 @@ def build(program: Program, options: DeviceOptions, progress: Progress) -> Bundl
     return aot.compile_bundle(plans, progress=progress.advance)
 
 
+def check_has_form(artifact: Artifact) -> None:
+    """Refuse files that were compiled for ONNX Runtime.
+
+    Raises:
+        InputError: the program rounds every convolution's output to 8 bits; no GPU kernel does, and torch would do it
+            between the kernels, slower than the float model.
+    """
+    deploy = artifact.manifest.get("config", {}).get("deploy")
+    if deploy is not None:
+        raise InputError(
+            f"GPU code: the file was compiled with --deploy {deploy}, which has no GPU form; compile the model again "
+            "without it"
+        )
+
+
 def retarget(path: Path, output: Path, options: DeviceOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Replace the GPU code of a compiled file; everything else stays as it is.
 
@@ -114,6 +129,8 @@ def retarget(path: Path, output: Path, options: DeviceOptions, progress: Progres
         EdadmError: an unreadable file, or code that cannot be made. `output` is written whole or not at all.
     """
     artifact = read(path)
+    if options.targets:
+        check_has_form(artifact)
     bundle = build(artifact.lowered, options, progress or Silent())
     versions = {**artifact.manifest.get("versions", {}), **({"triton": triton_version()} if bundle else {})}
     changed = dataclasses.replace(artifact, device=bundle, manifest={**artifact.manifest, "versions": versions})

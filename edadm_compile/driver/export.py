@@ -85,7 +85,7 @@ def run(
         result["check"] = _check(loaded, exported, reference, options, one_time=layout == "diffusers")
         if result["check"]["broken"] and exported.target.output_codes:
             raise ContractError(_sentence(result["check"]["broken"]))
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     written = files.save(exported.model, path)
     if config is not None:
         write_atomically(path.with_name("config.json"), json.dumps(config, indent=2, sort_keys=True).encode())
@@ -111,11 +111,12 @@ def _place(output: Path, layout: str) -> Path:
     if layout == "file":
         check_writable(output)
         return output
-    if output.exists() and not output.is_dir():
-        raise ExportError(f"cannot write {output}: the diffusers layout needs a folder, this is a file")
-    if not output.exists():
-        check_writable(output)
-        output.mkdir()
+    for folder in (output, output / "unet"):
+        if folder.exists() and not folder.is_dir():
+            raise ExportError(f"cannot write {folder}: the diffusers layout needs a folder, this is a file")
+        check_writable(folder / "model.onnx" if folder.exists() else folder)
+        if not folder.exists():
+            break  # made when there is something to put into it
     return output / "unet" / "model.onnx"
 
 

@@ -116,6 +116,7 @@ def run(
         EdadmError: a file that cannot be read or written.
     """
     loaded = read(artifact)
+    device_code.check_has_form(loaded)
     if not torch.cuda.is_available():
         raise TargetError(
             "tune measures kernels on a GPU and torch finds no CUDA GPU here; run it on the GPU's machine"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -76,8 +74,3 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def enough_space(model: ir.Model, folder: Path) -> bool:
-    """Whether the model fits on the disk of `folder`."""
-    return math.ceil(weight_bytes(model) * 1.05) < shutil.disk_usage(folder).free

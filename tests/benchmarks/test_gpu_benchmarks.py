@@ -154,7 +154,9 @@ def test_end_to_end_and_cold_start(tmp_path):
     end_to_end.main(["--dry-run", "--batch", "2", "--keep", str(artifact), "--out", str(out)])
     result = json.loads(out.read_text())
     (group,) = result["batches"]
-    assert {row["contender"] for row in group["rows"]} == {"reference", "eager fp32", "channels_last fp32"}
+    assert {row["contender"] for row in group["rows"]} == {
+        "onnxruntime", "reference", "eager fp32", "channels_last fp32",
+    }  # fmt: skip
     assert all("microseconds" in row for row in group["rows"]) and result["bits"] == 4
     for way in ("ours", "eager"):
         found = cold_start.child(way, "tiny", artifact, "cpu", 0.0)

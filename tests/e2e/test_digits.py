@@ -156,7 +156,12 @@ def test_verification_notices_another_model(compiled, verified, monkeypatch):
 def test_samples_are_written_as_a_png(compiled, tmp_path, count):
     result = _invoke("sample", compiled[0], "-n", count, "-o", tmp_path / "grid.png", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout) == {"output": str(tmp_path / "grid.png"), "count": count, "steps": 10}
+    assert json.loads(result.stdout) == {
+        "output": str(tmp_path / "grid.png"),
+        "count": count,
+        "steps": 10,
+        "engine": "onnxruntime",
+    }
     columns, rows = min(count, 10), -(-count // 10)
     with Image.open(tmp_path / "grid.png") as image:
         assert image.size == (columns * 18 * 3, rows * 18 * 3) and image.mode == "RGB"

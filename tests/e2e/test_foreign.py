@@ -88,7 +88,7 @@ def artifact(folder: Path) -> Artifact:
 
 @pytest.fixture(scope="module")
 def model(artifact: Artifact) -> CompiledModel:
-    return from_artifact(artifact)
+    return from_artifact(artifact, engine="reference")
 
 
 def test_the_truth_table_is_complete(artifact: Artifact) -> None:
@@ -131,6 +131,15 @@ def test_the_file_is_called_like_the_model(model: CompiledModel, artifact: Artif
         model(x, t, y=torch.zeros(5))
 
 
+def test_onnx_runtime_loses_little_of_the_reference_engines_quality(artifact: Artifact) -> None:
+    x, t = inputs(5)
+    default = from_artifact(artifact)
+    assert default.engine_name == "onnxruntime"
+    with torch.no_grad():
+        original = build()(x, t)
+    assert sqnr(original, default(x, t)) > sqnr(original, artifact.lowered(x, t)) - 3
+
+
 def test_eight_bits_come_close_to_the_float_model(folder: Path) -> None:
     config = QuantConfig(
         8, 8, calib_samples=16, tdac=TdacConfig(trajectories=4), reconstruction=ReconstructionConfig(iters=2, batch=4)
@@ -169,9 +178,9 @@ def test_an_exported_program_compiles_to_the_same_layers(folder: Path, artifact:
     assert [row["layer"] for row in rows] == [row["layer"] for row in expected]
     assert loaded.signature.max_batch == 32 and not summary["float_layers"]
     x, t = inputs(5)
-    assert torch.equal(loaded(x, t), loaded.artifact.lowered(x, t))
     with torch.no_grad():
-        assert sqnr(build()(x, t), loaded(x, t)) > 15
+        assert sqnr(build()(x, t), loaded(x, t)) > 12  # w4a8 without reconstruction, in ONNX Runtime
+        assert sqnr(build()(x, t), loaded.artifact.lowered(x, t)) > 15
 
 
 def test_an_archive_called_pt_with_a_fixed_batch_compiles(folder: Path) -> None:

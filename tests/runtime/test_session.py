@@ -5,6 +5,7 @@ import torch
 
 from edadm_compile.errors import InputError, TargetError
 from edadm_compile.runtime.artifact import write
+from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from edadm_compile.runtime.session import from_artifact, load
 from tests.graphs import inputs_for
 
@@ -19,11 +20,13 @@ def inputs(artifact):
     return inputs_for(artifact.lowered)
 
 
-def test_a_loaded_file_is_called_like_its_source(artifact, inputs, tmp_path):
+@pytest.mark.parametrize("engine", [None, "onnxruntime", "reference"])
+def test_a_loaded_file_is_called_like_its_source(artifact, inputs, tmp_path, engine):
     write(artifact, tmp_path / "a.qmod")
-    model = load(tmp_path / "a.qmod")
+    model = load(tmp_path / "a.qmod", engine=engine)
+    assert model.engine_name == (engine or "onnxruntime")
     with torch.no_grad():
-        expected = artifact.lowered(*inputs)
+        expected = artifact.lowered(*inputs) if engine == "reference" else OnnxRuntimeEngine(artifact.qdq)(*inputs)
     x, t, label = inputs
     for result in (
         model(x, t, label),
@@ -101,7 +104,7 @@ def test_large_batches_are_sliced(artifact, limit):
 
 
 def test_unknown_engines_and_devices_are_refused(artifact):
-    with pytest.raises(InputError, match="engine: got 'fast', on cpu allowed reference"):
+    with pytest.raises(InputError, match="engine: got 'fast', on cpu allowed onnxruntime, reference"):
         from_artifact(artifact, engine="fast")
     for device in ("tpu", "meta"):
         with pytest.raises(InputError, match=f"device: got '{device}', allowed cpu, cuda"):

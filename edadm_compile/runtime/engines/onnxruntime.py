@@ -77,7 +77,7 @@ class OnnxRuntimeEngine:
 
     Raises:
         ExportError: the program has no ONNX form.
-        TargetError: ONNX Runtime is not installed.
+        TargetError: ONNX Runtime is not installed, or refuses the graph.
     """
 
     name, device = "onnxruntime", "cpu"
@@ -92,6 +92,7 @@ class OnnxRuntimeEngine:
         self._data, self._folder = _serialised(program)
         self._sessions: dict[int, Any] = {}
         self._pool = ThreadPoolExecutor(self.threads, "edadm-onnxruntime") if self.threads > 1 else None
+        self.session(1 if self.mode(self.threads) == "callers" else self.threads)  # refused here, not in the first call
 
     def mode(self, batch: int) -> str:
         """How a batch runs: "callers" (split over one-thread callers) or "threads" (one call)."""
