@@ -280,6 +280,7 @@ def target(
 def export(artifact: Path, output: Path | None, quiet: bool, as_json: bool, **options: Any) -> None:
     """Write ARTIFACT as a QDQ ONNX graph that ONNX Runtime executes in integers, and show that it does."""
     from edadm_compile.driver import export as driver
+    from edadm_compile.report import export_tables as tables
     from edadm_compile.report import progress as bars
 
     suffix = "" if options["layout"] == "diffusers" else ".onnx"
@@ -288,7 +289,7 @@ def export(artifact: Path, output: Path | None, quiet: bool, as_json: bool, **op
     if as_json:
         click.echo(json.dumps(result, indent=2))
     elif not quiet:
-        driver.print_result(result)
+        tables.print_export(result)
 
 
 @main.command()

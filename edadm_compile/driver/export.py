@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from edadm_compile.calibration import sampler
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ContractError, ExportError, InputError
-from edadm_compile.evaluate.metrics import sqnr
-from edadm_compile.frontend import load_source
+from edadm_compile.evaluate.compare import compare_noise
+from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import Program
 from edadm_compile.passes.base import Progress, Silent
-from edadm_compile.report.tables import console, human
 from edadm_compile.runtime.artifact import Artifact, read, write_atomically
 from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine, missing_packages
 from edadm_compile.runtime.engines.reference import ReferenceEngine
@@ -25,6 +23,8 @@ from edadm_compile.runtime.engines.reference import ReferenceEngine
 LAYOUTS = ("file", "diffusers")
 #: Sampler states on which layers and output are compared, and images of each.
 _STATES, _IMAGES = 5, 2
+#: Float trajectories for the comparison with the float model.
+_TRAJECTORIES = 4
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
     describe(exported.model, **facts)
     result: dict[str, Any] = {
         "output": str(path), "target": onnx_target, "what": exported.target.what, "int4": int4,
-        "output_scales": facts["output_scales"], "notes": _notes(exported.prepared, onnx_target), "check": None,
+        "output_scales": facts["output_scales"], "weights": _weights(exported), "notes": _notes(exported.prepared, onnx_target), "check": None,
     }  # fmt: skip
     if check:
         progress.stage("ONNX Runtime", None)
@@ -93,6 +93,21 @@ def run(
     result["files"] = {str(p): p.stat().st_size for p in written}
     result["bytes"] = sum(result["files"].values())
     return result
+
+
+def _weights(exported: Any) -> dict[str, Any]:
+    """Stored weights of quantized layers: codes, scales and zero points, against float32."""
+    constants = exported.model.graph.initializers
+    layers = {"int4": 0, "int8": 0}
+    stored = float32 = 0
+    for name in {layer.info.name for layer in exported.layers}:
+        if (codes := constants.get(f"{name}.weight_q")) is None:
+            continue  # a float layer, or a product of two activations
+        channels = constants[f"{name}.weight_scale"].const_value.size
+        layers["int4" if codes.const_value.dtype.name == "INT4" else "int8"] += 1
+        stored += codes.const_value.nbytes + 5 * channels
+        float32 += 4 * codes.const_value.size
+    return {"layers": layers, "bytes": stored, "float32_bytes": float32, "ratio": round(stored / max(float32, 1), 4)}
 
 
 def _need_packages(check: bool) -> None:
@@ -144,9 +159,9 @@ def _check(
 ) -> dict[str, Any]:
     from edadm_compile.driver.export_check import Check
 
-    engine = OnnxRuntimeEngine(loaded.qdq)
+    engine = OnnxRuntimeEngine(exported)
     pool = {}
-    source = None
+    source: Source | None = None
     if reference is not None:
         source = load_source(reference, load_options(options, loaded.lowered.sampler))
         if [s.shape for s in source.signature.inputs] != [s.shape for s in loaded.lowered.signature.inputs]:
@@ -155,12 +170,20 @@ def _check(
     inputs = states(loaded.lowered, engine, pool, one_time=one_time)
     result = Check(exported, loaded.lowered, inputs).run()
     if source is not None:
-        original = source.denoiser()(*inputs).float()
-        result["end_to_end"]["sqnr_to_float_db"] = sqnr(original, engine(*inputs))
-        result["end_to_end"]["reference_engine_sqnr_to_float_db"] = sqnr(
-            original, ReferenceEngine(loaded.lowered)(*inputs)
-        )
+        result["end_to_end"] |= _quality(loaded.lowered, engine, source)
     return result
+
+
+def _quality(program: Program, engine: OnnxRuntimeEngine, source: Source) -> dict[str, float]:
+    """Noise-prediction SQNR of the graph and of the reference engine against the float model, dB."""
+    generator = torch.Generator().manual_seed(0)
+    x = sampler.draw_noise(program.signature, _TRAJECTORIES, generator)
+    conditions = sampler.draw_conditions(program.signature, _TRAJECTORIES, generator, source.conditions)
+    graph, reference = (
+        compare_noise(source.denoiser(), candidate, program.sampler, x, conditions)
+        for candidate in (engine, ReferenceEngine(program))
+    )
+    return {"sqnr_to_float_db": graph.sqnr, "reference_engine_sqnr_to_float_db": reference.sqnr}
 
 
 def states(program: Program, engine: Any, pool: dict[str, Tensor], *, one_time: bool = False) -> list[Tensor]:
@@ -197,42 +220,3 @@ def _sentence(broken: list[str]) -> str:
         "Processors without VNNI add 8-bit products with saturation; on any other this is a bug. Nothing was written "
         "(--no-check writes all the same)"
     )
-
-
-def print_result(result: dict[str, Any]) -> None:
-    """Print what was written and what runs."""
-    out = console()
-    out.print(f"{result['output']}: {human(result['bytes'])} for {result['what']}")
-    if result["check"] is None:
-        out.print("not checked in ONNX Runtime")
-    else:
-        _print_check(out, result["check"])
-    out.print(f"scales of convolution outputs: {result['output_scales']}")
-    for note in result["notes"]:
-        out.print(f"note: {note}")
-
-
-def _print_check(out: Any, check: dict[str, Any]) -> None:
-    from edadm_compile.driver.export_check import largest
-
-    parts = [f"{c['integer']} of {c['integer'] + c['float']} {kind}" for kind, c in check["counts"].items()]
-    out.print(f"run in integers by ONNX Runtime: {', '.join(parts)}")
-    left = [r for r in check["layers"] if not r["integer"]]
-    if left:
-        table = Table("layer", "operators", "why", title="in float", title_justify="left")
-        for row in left:
-            table.add_row(row["layer"], ", ".join(row["operators"]), row["why"])
-        out.print(table)
-    codes, floats = largest(check["layers"], "codes"), largest(check["layers"], "float")
-    ends = check["end_to_end"]
-    if codes is not None or floats is not None:
-        out.print(
-            "against the reference engine, fed the same codes: "
-            f"output codes differ by at most {codes if codes is not None else 0} step(s), float outputs by at most {floats or 0:.1e} of their largest value"
-        )
-    db = ends["sqnr_to_reference_db"]
-    out.print(f"end to end against the reference engine: {'equal' if db is None else f'{db:.1f} dB SQNR'}")
-    if "sqnr_to_float_db" in ends:
-        out.print(
-            f"against the float model on the same states: {ends['sqnr_to_float_db']:.2f} dB, reference engine {ends['reference_engine_sqnr_to_float_db']:.2f} dB"
-        )

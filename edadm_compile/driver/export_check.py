@@ -58,13 +58,16 @@ class Check:
             "counts": _counts(rows),
             "operators": dict(sorted(optimized.counts.items())),
             "layers": rows,
-            "end_to_end": {
-                "sqnr_to_reference_db": _finite(sqnr(reference, prediction)),
-                "largest_error": float((prediction - reference).abs().max()),
-                "largest_value": float(reference.abs().max()),
-            },
+            "end_to_end": self._ends(prediction, reference),
             "broken": [f"layer {r['layer']}: {r['failure']}" for r in rows if r["failure"]]
             + [f"{name} is a convolution with types that have no fast kernel" for name in self._slow(optimized)],
+        }
+
+    def _ends(self, prediction: Tensor, reference: Tensor) -> dict[str, float | None]:
+        return {
+            "sqnr_to_reference_db": _finite(sqnr(reference, prediction)),
+            "largest_error": float((prediction - reference).abs().max()),
+            "largest_value": float(reference.abs().max()),
         }
 
     def _slow(self, optimized: OptimizedGraph) -> tuple[str, ...]:
@@ -80,7 +83,7 @@ class Check:
         specs = self.exported.prepared.signature.inputs
         feeds = {s.name: v.to(s.dtype).numpy() for s, v in zip(specs, self.inputs, strict=True)}
         if not session.get_inputs()[1].shape:  # a scalar timestep: all states must share one then
-            feeds[specs[1].name] = feeds[specs[1].name][0]
+            feeds[specs[1].name] = feeds[specs[1].name][:1].reshape(())
         found = session.run(None, feeds)
         names = [o.name for o in session.get_outputs()]
         return read_optimized(folder / "optimized.onnx"), dict(zip(names, found, strict=True))
@@ -185,9 +188,3 @@ def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 def _finite(value: float) -> float | None:
     return None if value in (float("inf"), float("-inf")) else value
-
-
-def largest(rows: Sequence[dict[str, Any]], output: str) -> float | None:
-    """Largest error among the layers with one kind of output; None where there is none."""
-    errors = [r["error"] for r in rows if r["output"] == output and r["error"] is not None]
-    return max(errors) if errors else None

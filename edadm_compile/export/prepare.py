@@ -80,8 +80,11 @@ def _pad_codes(program: Program, node: fx.Node) -> bool:
 def _drop_wide_codes(graph: fx.Graph) -> None:
     """Rule 7."""
     for node in list(graph.nodes):
-        if op_name(node.target) == DEQUANTIZE and node.args[0].args[3] == 16:
-            node.replace_all_uses_with(node.args[0].args[0])
+        if op_name(node.target) != DEQUANTIZE:
+            continue
+        source = node.args[0]  # 16-bit codes are not moved: their quantizer is here
+        if op_name(source.target) == QUANTIZE and source.args[3] == 16:
+            node.replace_all_uses_with(source.args[0])
     graph.eliminate_dead_code()
 
 

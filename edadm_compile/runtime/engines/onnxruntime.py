@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ from torch import Tensor
 
 from edadm_compile.errors import TargetError
 from edadm_compile.ir.program import Program
+
+if TYPE_CHECKING:  # packages of the [onnx] extra
+    import onnx_ir as ir
+
+    from edadm_compile.export.convert import Exported
 
 #: NCHW and QDQ graphs are 2 to 4 % faster without it when one-thread callers share a batch (docs/onnx.md).
 DISABLED_OPTIMIZERS = ["NhwcTransformer"]
@@ -72,7 +77,7 @@ class OnnxRuntimeEngine:
     one session: short operators then need no barrier. A single image runs in one call with a thread per core.
 
     Args:
-        program: the qdq program.
+        program: a qdq program, or one that has been exported already (for any target).
         threads: cores to use; by default `torch.get_num_threads()`.
 
     Raises:
@@ -82,14 +87,15 @@ class OnnxRuntimeEngine:
 
     name, device = "onnxruntime", "cpu"
 
-    def __init__(self, program: Program, threads: int | None = None) -> None:
+    def __init__(self, program: Program | Exported, threads: int | None = None) -> None:
         missing = missing_packages()
         if missing:
             raise TargetError(f"ONNX Runtime engine: {missing} not installed; run: pip install 'edadm-compile[onnx]'")
-        self.signature = program.signature
+        exported = _export(program) if isinstance(program, Program) else program
+        self.signature = exported.prepared.signature
         self.threads = threads or torch.get_num_threads()
         self._data: bytes | Path
-        self._data, self._folder = _serialised(program)
+        self._data, self._folder = _serialised(exported.model)
         self._sessions: dict[int, Any] = {}
         self._pool = ThreadPoolExecutor(self.threads, "edadm-onnxruntime") if self.threads > 1 else None
         self.session(1 if self.mode(self.threads) == "callers" else self.threads)  # refused here, not in the first call
@@ -141,10 +147,10 @@ class OnnxRuntimeEngine:
 def _bound_run(session: Any, specs: Sequence[Any], tensors: Sequence[Tensor], result: Tensor) -> None:
     """One run that reads and writes the tensors' own memory."""
     binding = session.io_binding()
-    taken = {i.name for i in session.get_inputs()}
+    ranks = {i.name: len(i.shape) for i in session.get_inputs()}
     for spec, value in zip(specs, tensors, strict=True):
-        if spec.name in taken:
-            _bind(binding.bind_input, spec.name, value)
+        if spec.name in ranks:  # a graph with a scalar timestep is for batches that share it
+            _bind(binding.bind_input, spec.name, value if ranks[spec.name] else value[0])
     _bind(binding.bind_output, session.get_outputs()[0].name, result)
     session.run_with_iobinding(binding)
 
@@ -154,15 +160,19 @@ def _bind(bind: Any, name: str, value: Tensor) -> None:
     bind(name, "cpu", 0, kind, list(value.shape), value.data_ptr())
 
 
-def _serialised(program: Program) -> tuple[bytes | Path, tempfile.TemporaryDirectory[str] | None]:
+def _export(program: Program) -> Exported:
+    from edadm_compile.export.convert import convert
+    from edadm_compile.export.targets import target
+
+    return convert(program, target("cpu"))
+
+
+def _serialised(model: ir.Model) -> tuple[bytes | Path, tempfile.TemporaryDirectory[str] | None]:
     """The model as bytes, or as a file where it is too large for one message."""
     import onnx_ir as ir
 
-    from edadm_compile.export.convert import convert
     from edadm_compile.export.files import needs_external_data, save
-    from edadm_compile.export.targets import target
 
-    model = convert(program, target("cpu")).model
     if not needs_external_data(model):
         return ir.to_proto(model).SerializeToString(), None
     folder = tempfile.TemporaryDirectory(prefix="edadm-")
