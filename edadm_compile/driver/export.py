@@ -64,6 +64,10 @@ def run(
     from edadm_compile.export.targets import target
 
     progress = progress or Silent()
+    if int4 and onnx_target == "tensorrt":
+        raise ExportError(
+            "--int4: TensorRT takes INT4 constants in blocks of weight-only products alone; export INT8 for it"
+        )
     path = _place(output, layout)
     loaded = read(artifact)
     config = _diffusers_config(loaded) if layout == "diffusers" else None
@@ -93,6 +97,11 @@ def run(
     result["files"] = {str(p): p.stat().st_size for p in written}
     result["bytes"] = sum(result["files"].values())
     return result
+
+
+def export_onnx(artifact: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Export a ``.qmod`` file to ONNX; arguments, result and errors as of `run`."""
+    return run(Path(artifact), Path(output), **options)
 
 
 def _weights(exported: Any) -> dict[str, Any]:
