@@ -43,6 +43,32 @@ def digits_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def onnx_table(results: dict[str, Any]) -> str:
+    """The same files in ONNX Runtime as Markdown."""
+    lines = [
+        "The same files in ONNX Runtime; `--deploy` is `--deploy onnxruntime`. Integer layers: convolutions and linear layers.",
+        "Same digit: share of images that the classifier reads as it reads the reference engine's from the same noise.",
+        "",
+        "| | noise SQNR, dB | reference engine, dB | image PSNR, median dB | recognised, % | same digit, % | integer layers | weights of fp32, INT8 | INT4 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, title in {**_TITLES, "w8a8-deploy": "W8A8, `--deploy`", "w4a8-deploy": "W4A8, `--deploy`"}.items():
+        row = results["rows"].get(name, {})
+        if "onnxruntime" in row:
+            lines.append(_onnx_line(title, row["sqnr_db"], row["onnxruntime"]))
+    return "\n".join(lines)
+
+
+def _onnx_line(title: str, reference: float, row: dict[str, Any]) -> str:
+    exported = row["export"]
+    counts = [exported["layers"][kind] for kind in ("conv2d", "linear")]
+    integer, total = sum(c["integer"] for c in counts), sum(c["integer"] + c["float"] for c in counts)
+    sizes = " | ".join(f"{exported['weights_ratio_to_fp32'][kind]:.3f}" for kind in ("int8", "int4"))
+    same = f"{row['same_digit_as_reference_engine_percent']:.1f}"
+    quality = f"{row['sqnr_db']:.1f} | {reference:.1f} | {row['psnr_median_db']:.1f} | {row['recognised_percent']:.1f}"
+    return f"| {title} | {quality} | {same} | {integer} of {total} | {sizes} |"
+
+
 def _line(title: str, row: dict[str, Any]) -> str:
     quality = f"{row['recognised_percent']:.1f} | {row['frechet_to_real']:.3f}"
     if "sqnr_db" not in row:
@@ -60,7 +86,8 @@ def main() -> None:
     text = readme.read_text()
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
-    wanted = f"{head}{BEGIN}\n{digits_table(json.loads(DIGITS.read_text()))}\n{END}{tail}"
+    results = json.loads(DIGITS.read_text())
+    wanted = f"{head}{BEGIN}\n{digits_table(results)}\n\n{onnx_table(results)}\n{END}{tail}"
     if check and wanted != text:
         sys.exit("README.md: the results section does not match benchmarks/results; run python benchmarks/render.py")
     if not check:

@@ -32,6 +32,7 @@ from edadm_compile.passes.reconstruct import Reconstruct
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
 from edadm_compile.passes.trace import trace
+from edadm_compile.passes.upsample_phases import UpsamplePhases
 
 #: Fresh trajectories for the closing quality figure.
 _QUALITY_TRAJECTORIES = 16
@@ -43,6 +44,7 @@ def float_passes() -> list[Pass]:
         Canonicalize(),  # first: later passes match one spelling only
         FoldTimePath(),  # before calibration and quantization: folded layers need neither
         SplitConcat(),  # before quantizers: each source of a concatenation gets its own
+        UpsamplePhases(),  # before quantizers: the weights of the phases are what is quantized
         FoldAttention(),  # before attention is decomposed: it matches the undivided form
         DecomposeAttention(),  # before quantizers: exposes the operands of the two products
     ]

@@ -5,7 +5,9 @@
 For each configuration: noise-prediction SQNR over whole float trajectories from fresh noise (never seen in
 calibration), PSNR of final images from the same noise, share of conditional samples that the example's classifier
 recognises as intended, and the Fréchet distance of its features to the real digits. The float model is measured on the
-same noise. Compile time is the wall time of the whole pipeline.
+same noise. The main figures of a row are those of the reference engine; `onnxruntime` holds the same for ONNX Runtime on
+the same file, the agreement of its images with the reference engine's, and what `export` says of the ONNX file. Compile
+time is the wall time of the whole pipeline.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 from edadm_compile.calibration.sampler import draw_conditions, draw_noise, sample
 from edadm_compile.config import PRESETS, QuantConfig
 from edadm_compile.driver.compile import to_artifact
+from edadm_compile.driver.export import export_onnx
 from edadm_compile.evaluate.compare import compare_noise
 from edadm_compile.evaluate.metrics import frechet, psnr
 from edadm_compile.frontend import load_source
@@ -39,13 +42,15 @@ from edadm_compile.runtime.session import load
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "digits"
-#: name -> (preset, method, uniform)
-CONFIGURATIONS = {
-    "w8a8": ("w8a8", "eda-dm", False),
-    "w4a8": ("w4a8", "eda-dm", False),
-    "w8a8-minmax": ("w8a8", "minmax", False),
-    "w4a8-minmax": ("w4a8", "minmax", False),
-    "w4a8-uniform": ("w4a8", "eda-dm", True),
+#: name -> (preset, further settings)
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "w8a8": ("w8a8", {}),
+    "w4a8": ("w4a8", {}),
+    "w8a8-minmax": ("w8a8", {"method": "minmax"}),
+    "w4a8-minmax": ("w4a8", {"method": "minmax"}),
+    "w4a8-uniform": ("w4a8", {"uniform": True}),
+    "w8a8-deploy": ("w8a8", {"deploy": "onnxruntime"}),
+    "w4a8-deploy": ("w4a8", {"deploy": "onnxruntime"}),
 }
 #: Far from any seed a compilation uses.
 EVALUATION_SEED = 20_261_122
@@ -122,32 +127,64 @@ class Benchmark:
 
     def row(self, name: str, seed: int) -> dict[str, Any]:
         """Compile one configuration, write and load the file, and measure what was loaded."""
-        preset, method, uniform = CONFIGURATIONS[name]
+        preset, settings = CONFIGURATIONS[name]
         weight_bits, act_bits = PRESETS[preset]
-        config = QuantConfig(weight_bits, act_bits, method=method, uniform=uniform, seed=seed)
+        config = QuantConfig(weight_bits, act_bits, seed=seed, **settings)
         start = time.perf_counter()
         result = compile_source(self.source, config, Silent())
         seconds = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "digits.qmod"
             size = write(to_artifact(result), path)
-            compiled = load(path)
-        noise = compare_noise(
-            self.float_model, compiled.predict, self.source.sampler, self.fresh, self.fresh_conditions
-        )
-        images = self._sample(compiled.predict)
-        distances = psnr(self.images, images)
+            reference, images = self._measure(load(path, engine="reference").predict)
+            runtime, other = self._measure(load(path, engine="onnxruntime").predict)
+            exported = self._export(path)
         return {
+            **reference,
+            "onnxruntime": {**runtime, **self._agreement(images, other), "export": exported},
+            "average_weight_bits": result.stats["assign_widths"]["average_bits"],
+            "weights_ratio_to_fp16": totals(truth_table(result.lowered, config.name))["ratio_to_fp16"],
+            "file_bytes": size,
+            "compile_seconds": seconds,
+        }
+
+    def _measure(self, model: Any) -> tuple[dict[str, float], Tensor]:
+        noise = compare_noise(self.float_model, model, self.source.sampler, self.fresh, self.fresh_conditions)
+        images = self._sample(model)
+        distances = psnr(self.images, images)
+        found = {
             "sqnr_db": noise.sqnr,
             "sqnr_without_last_step_db": noise.sqnr_without_last,
             "worst_step_db": noise.worst,
             "psnr_median_db": float(distances.median()),
             "psnr_worst_db": float(distances.min()),
             **self._judge(images),
-            "average_weight_bits": result.stats["assign_widths"]["average_bits"],
-            "weights_ratio_to_fp16": totals(truth_table(result.lowered, config.name))["ratio_to_fp16"],
-            "file_bytes": size,
-            "compile_seconds": seconds,
+        }
+        return found, images
+
+    def _agreement(self, images: Tensor, other: Tensor) -> dict[str, float]:
+        """Images of two engines from the same noise: the classifier's verdicts, and the distance."""
+        with torch.no_grad():
+            same = (self.classifier(images).argmax(dim=1) == self.classifier(other).argmax(dim=1)).double().mean()
+        return {
+            "same_digit_as_reference_engine_percent": 100 * float(same),
+            "psnr_to_reference_engine_median_db": float(psnr(images, other).median()),
+        }
+
+    def _export(self, path: Path) -> dict[str, Any]:
+        """The ONNX file: integer layers, largest error of a layer fed the same codes, sizes with INT8 and INT4 constants."""
+        found = {
+            kind: export_onnx(path, path.with_suffix(f".{kind}.onnx"), int4=kind == "int4") for kind in ("int8", "int4")
+        }
+        check = found["int8"]["check"]
+        errors = {kind: [r["error"] for r in check["layers"] if r["output"] == kind and r["error"] is not None]
+                  for kind in ("codes", "float")}  # fmt: skip
+        return {
+            "layers": check["counts"],
+            "largest_difference_of_output_codes": max(errors["codes"], default=None),
+            "largest_relative_error_of_float_outputs": max(errors["float"], default=None),
+            "weights_ratio_to_fp32": {kind: result["weights"]["ratio"] for kind, result in found.items()},
+            "file_bytes": {kind: result["bytes"] for kind, result in found.items()},
         }
 
 

@@ -109,7 +109,7 @@ def _weights(exported: Any) -> dict[str, Any]:
     constants = exported.model.graph.initializers
     layers = {"int4": 0, "int8": 0}
     stored = float32 = 0
-    for name in {layer.info.name for layer in exported.layers}:
+    for name in {product for layer in exported.layers for product in layer.products}:
         if (codes := constants.get(f"{name}.weight_q")) is None:
             continue  # a float layer, or a product of two activations
         channels = constants[f"{name}.weight_scale"].const_value.size

@@ -15,6 +15,7 @@ from edadm_compile.export import time
 from edadm_compile.export.builder import DTYPES, Builder
 from edadm_compile.export.operators import FLOAT_TABLE, codes, layers
 from edadm_compile.export.operators.layers import absorbed_padding
+from edadm_compile.export.operators.phases import pixels_behind
 from edadm_compile.export.prepare import DEQUANTIZE, is_integer_layer, prepare, two_sizes
 from edadm_compile.export.scope import Dim, Emitted, Emitter, Scope
 from edadm_compile.export.targets import OnnxTarget
@@ -40,6 +41,7 @@ class ExportedLayer:
             in float.
         moved: a padding that the graph does in the convolution, to be applied to the codes for comparison.
         output: its codes where it writes codes, else its float value.
+        pixels: the node whose codes `output` is, where the layer computes phases of an image.
         quantizer: node that made those codes.
     """
 
@@ -50,6 +52,7 @@ class ExportedLayer:
     moved: fx.Node | None = None
     output: ir.Value | None = None
     quantizer: fx.Node | None = None
+    pixels: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,12 @@ def _layer(scope: Scope, node: fx.Node) -> ExportedLayer:
     codes_ = tuple(v for f in found for v in (f if isinstance(f, tuple) else (f,)))
     readers = list(node.users)
     coded = writes_codes(node, info) and [op_name(u.target) for u in readers] == [QUANTIZE]
-    output = scope.emitted[readers[0] if coded else node]
+    pixels = pixels_behind(node) if coded and isinstance(scope.emitted[node], tuple) else None
+    output = scope.emitted[pixels or (readers[0] if coded else node)]
     assert isinstance(output, ir.Value)
-    return replace(plain, codes=codes_, moved=moved, output=output, quantizer=readers[0] if coded else None)
+    return replace(
+        plain, codes=codes_, moved=moved, output=output, quantizer=readers[0] if coded else None, pixels=pixels
+    )
 
 
 def emitters() -> dict[str, Emitter]:

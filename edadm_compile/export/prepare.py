@@ -9,7 +9,7 @@ from edadm_compile.errors import ExportError
 from edadm_compile.export.targets import OnnxTarget
 from edadm_compile.ir.analysis import fake_values
 from edadm_compile.ir.ops import op_name
-from edadm_compile.ir.output_codes import writes_codes
+from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, Signature, get_constant, layer_of, set_constant
 from edadm_compile.ir.quantizers import QUANTIZE, drop_identity, quantize_first, share_quantizer, zero_padding
 
@@ -28,7 +28,9 @@ def prepare(program: Program, target: OnnxTarget) -> Program:
        quantized right behind anyway (`OnnxTarget.output_codes`; rounds once more: the one rewrite that is not exact)
     6. asymmetric activation codes → symmetric ones over the same range (`OnnxTarget.symmetric`; coarser)
     7. quantizers of 16 bits are dropped, the layer's input stays float (where not `OnnxTarget.two_terms`)
-    8. quantizers of the second operand of a product of two activations → signed codes (``meta["signed"]``): fast there
+    8. quantize(crop(pixel_shuffle(conv2d_2x2))) → crop(pixel_shuffle(quantize(conv2d_2x2))): the phases of an upsampled
+       image, whose codes are put together
+    9. quantizers of the second operand of a product of two activations → signed codes (``meta["signed"]``): fast there
 
     Raises:
         ExportError: a convolution without an output range.
@@ -46,6 +48,7 @@ def prepare(program: Program, target: OnnxTarget) -> Program:
         _drop_wide_codes(graph)
     if target.output_codes:
         for node in list(graph.nodes):
+            _quantize_phases(program, node)
             _add_output_codes(program, node)
     if target.symmetric:
         _make_symmetric(program)
@@ -124,6 +127,32 @@ def is_integer_layer(node: fx.Node) -> bool:
     return bool(op_name(getattr(node.args[0], "target", "")) == DEQUANTIZE)
 
 
+def _quantize_phases(program: Program, node: fx.Node) -> None:
+    """Rule 8; the scale of a channel holds for its four phases."""
+    info, crop = layer_of(node), pixels_of(node)
+    if info is None or crop is node or not writes_codes(node, info):
+        return
+    readers = list(crop.users)
+    if [op_name(u.target) for u in readers] != [QUANTIZE]:
+        return
+    graph, quantizer = program.graph_module.graph, readers[0]
+    names = []
+    for constant in quantizer.args[1:3]:
+        name = f"phases.{constant.target}"  # type: ignore[union-attr]
+        value = get_constant(program.graph_module, str(constant.target))  # type: ignore[union-attr]
+        set_constant(program.graph_module, name, value.repeat_interleave(4, dim=0))
+        names.append(name)
+    shuffle = crop.args[0]
+    assert isinstance(shuffle, fx.Node)
+    with graph.inserting_before(shuffle):
+        scale, zero = (graph.get_attr(name) for name in names)
+        codes = graph.call_function(quantizer.target, (node, scale, zero, *quantizer.args[3:]))  # type: ignore[arg-type]
+    codes.meta = dict(quantizer.meta)
+    shuffle.replace_input_with(node, codes)
+    quantizer.replace_all_uses_with(crop)
+    graph.erase_node(quantizer)
+
+
 def _make_symmetric(program: Program) -> None:
     """Rule 6: codes [-127, 127] that reach the farther end of the old range."""
     module = program.graph_module
@@ -155,7 +184,7 @@ def _retarget(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _mark_signed(graph: fx.Graph) -> None:
-    """Rule 8, on the chain of movements between a quantizer and the product; a chain with other readers is copied."""
+    """Rule 9, on the chain of movements between a quantizer and the product; a chain with other readers is copied."""
     made: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         info = layer_of(node)

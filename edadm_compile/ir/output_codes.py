@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from edadm_compile.ir.arguments import argument, pair
+from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import LayerInfo
 
 #: Output channels up to which a convolution is a product per tap and a sum over taps.
@@ -32,6 +33,23 @@ def convolution_form(node: fx.Node, info: LayerInfo) -> str:
     if info.float_output:
         return "gather"
     return "direct"
+
+
+def pixels_of(node: fx.Node) -> fx.Node:
+    """The value that a convolution computes: `node`, or where it computes the phases of an upsampled image, the image.
+
+    That is ``crop(pixel_shuffle(conv2d_2x2(x)))`` as `passes.upsample_phases` writes it.
+    """
+    if op_name(node.target) != "aten.conv2d.default":
+        return node
+    pixels = _only_reader(node, "aten.pixel_shuffle.default")
+    cropped = None if pixels is None else _only_reader(pixels, "aten.constant_pad_nd.default")
+    return cropped if cropped is not None and list(cropped.args[1]) == [-1, -1, -1, -1] else node  # type: ignore[arg-type]
+
+
+def _only_reader(node: fx.Node, name: str) -> fx.Node | None:
+    readers = list(node.users)
+    return readers[0] if len(readers) == 1 and op_name(readers[0].target) == name else None
 
 
 def writes_codes(node: fx.Node, info: LayerInfo | None) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from edadm_compile.ir.analysis import is_layer, scope_of, x_dependent
 from edadm_compile.ir.ops import op_name
+from edadm_compile.ir.output_codes import pixels_of
 from edadm_compile.ir.program import Program, layer_of
 
 _MERGES = ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor")
@@ -209,11 +210,11 @@ def _single_layers(loose: list[fx.Node]) -> list[Unit]:
         if node in done:
             continue
         layers, tail = [node], output_of(node)
-        nodes = list(dict.fromkeys((node, tail)))
+        nodes = _with_output(node)
         while len(tail.users) == 1 and next(iter(tail.users)).meta.get("split_sum"):
             total = next(iter(tail.users))
             others = [n for n in loose if n not in layers and output_of(n) in total.all_input_nodes]
-            nodes += [*others, *(output_of(n) for n in others if output_of(n) is not n), total]
+            nodes += [*(part for n in others for part in _with_output(n)), total]
             layers += others
             tail = total
         done.update(layers)
@@ -222,9 +223,18 @@ def _single_layers(loose: list[fx.Node]) -> list[Unit]:
 
 
 def output_of(layer: fx.Node) -> fx.Node:
-    """What the graph reads of a layer: its output quantizer where it has one, else itself."""
-    readers = list(layer.users)
-    return readers[0] if len(readers) == 1 and readers[0].meta.get("output_quantizer") else layer
+    """What the graph reads of a layer: its output quantizer where it has one, else its value."""
+    value = pixels_of(layer)
+    readers = list(value.users)
+    return readers[0] if len(readers) == 1 and readers[0].meta.get("output_quantizer") else value
+
+
+def _with_output(layer: fx.Node) -> list[fx.Node]:
+    """A layer and what lies between it and `output_of` it, in order."""
+    nodes, last = [layer], output_of(layer)
+    while nodes[-1] is not last:
+        nodes.append(next(iter(nodes[-1].users)))
+    return nodes
 
 
 def _absorb(unit: Unit, units: list[Unit], index: dict[fx.Node, int], layers: list[fx.Node]) -> Unit:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import CalibrationError
-from edadm_compile.ir.output_codes import writes_codes
+from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, get_constant, layer_of
 from edadm_compile.ir.subgraph import output_of
 from edadm_compile.passes.base import Context, PassResult
@@ -43,7 +43,7 @@ class Calibrate:
         observers = {node: _Observer() for node, _ in quantizers}
         nodes = program.graph_module.graph.nodes
         outputs = {node: ChannelObserver() for node in nodes if writes_codes(node, layer_of(node))}
-        _observe(program, observers, outputs, ctx)
+        _observe(program, observers, {pixels_of(node): o for node, o in outputs.items()}, ctx)
         ctx.progress.stage("ranges", len(quantizers) + len(outputs))
         for node, quantizer in quantizers:
             scale, zero_point = observers[node].affine(quantizer.spec, node.name, minmax=ctx.config.is_baseline)
@@ -113,7 +113,7 @@ def _set_output(program: Program, node: fx.Node, observer: ChannelObserver, *, m
     assert info is not None
     scale, zero_point = observer.affine(info.name, minmax=minmax)
     behind = output_of(node)
-    if behind is node:
+    if behind is pixels_of(node):
         zeros = tuple(int(z) for z in zero_point)
         # Four digits: the scale is free to choose, and the record is text in the file.
         node.meta["layer"] = replace(info, out_scale=tuple(float(f"{s:.4g}") for s in scale), out_zero_point=zeros)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import layer_weight, shape_of
 from edadm_compile.ir.arguments import argument
-from edadm_compile.ir.output_codes import writes_codes
+from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.passes.assign_widths import MEASURE_LIMIT
 from edadm_compile.passes.base import Context, PassResult
@@ -71,7 +71,8 @@ class FloatOutputs:
         ctx.progress.stage("output codes", len(nodes))
         errors = {}
         for node in nodes:
-            changed: dict[fx.Node, Any] = {node: _coded(node, values[node], generator)}
+            value = pixels_of(node)
+            changed: dict[fx.Node, Any] = {value: _coded(node, values[value], generator)}
             errors[node] = output_error(program, changed, values) / energy
             ctx.progress.advance(1, _name(node))
         return errors

@@ -10,14 +10,14 @@ from torch import fx
 
 from edadm_compile.ir.analysis import is_layer, layer_weight, weight_node
 from edadm_compile.ir.ops import op_name
-from edadm_compile.ir.output_codes import writes_codes
+from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import LayerInfo, Program, layer_of
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 from edadm_compile.quant.spec import act_spec, weight_spec
 
 #: What canonicalization appends to the name of a weight it had to rewrite.
-_SUFFIX = re.compile(r"_(folded|2d|t|bn)\d*$")
+_SUFFIX = re.compile(r"_(folded|2d|t|bn|phases)\d*$")
 
 
 def layer_name(node: fx.Node) -> str:
@@ -43,7 +43,7 @@ class InsertQuant:
        same width share one activation quantizer
     2. matmul(a, b) annotated for int8 → matmul(ActFakeQuant(a), ActFakeQuant(b))
     3. with ``deploy = "onnxruntime"``: convolution that writes codes there → ActFakeQuant(convolution), 8 bits with a
-       scale per channel, for all its readers
+       scale per channel, for all its readers; behind the pixels where the convolution computes phases of them
     """
 
     name: str = "insert_quant"
@@ -62,7 +62,7 @@ class InsertQuant:
             if info is None or info.act_bits == 32:
                 continue
             if ctx.config.deploy == "onnxruntime" and writes_codes(node, info):
-                _quantize_output(program, node)
+                _quantize_output(program, node, pixels_of(node))
                 outputs += 1
             if is_layer(node):
                 x = _quantize_input(program, node, node.args[0], info, shared)
@@ -73,17 +73,19 @@ class InsertQuant:
         return PassResult(program, True, {"activation_quantizers": len(shared), "output_quantizers": outputs})
 
 
-def _quantize_output(program: Program, node: fx.Node) -> None:
+def _quantize_output(program: Program, node: fx.Node, value: fx.Node) -> None:
     """Rule 3."""
     module = program.graph_module
     name = f"act_quant.{node.name}_output"
     module.add_submodule(name, ActFakeQuant(act_spec(8)))
-    readers = list(node.users)
-    with module.graph.inserting_after(node):
-        quantizer = module.graph.call_module(name, (node,))
-    quantizer.meta = {k: v for k, v in node.meta.items() if k not in ("layer", "split_of")} | {"output_quantizer": True}
+    readers = list(value.users)
+    with module.graph.inserting_after(value):
+        quantizer = module.graph.call_module(name, (value,))
+    quantizer.meta = {k: v for k, v in value.meta.items() if k not in ("layer", "split_of")} | {
+        "output_quantizer": True
+    }
     for reader in readers:
-        reader.replace_input_with(node, quantizer)
+        reader.replace_input_with(value, quantizer)
 
 
 def _quantize_input(

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from edadm_compile.export.builder import DTYPES
 from edadm_compile.export.scope import Emitted, Emitter, Scope
+from edadm_compile.ir.program import layer_of
 from edadm_compile.quant.spec import act_spec
 
 
@@ -56,10 +57,17 @@ def _quantize(s: Scope, node: fx.Node) -> Emitted:
     scale, zero = _parameters(s, node)
     if bits == 16:
         return _two_terms(s, node, scale)
-    x = s.value(node.args[0], torch.float32)
+    found = s.emitted[node.args[0]] if isinstance(node.args[0], fx.Node) else None
     if scale.numel() > 1:
         scale, zero = common_output(scale)
-    codes = s.op("QuantizeLinear", x, *affine(s, node, scale, zero), name=node.name)
+    parameters = affine(s, node, scale, zero)
+    if isinstance(found, tuple):  # the phases of an image
+        return tuple(s.op("QuantizeLinear", part, *parameters, name=node.name) for part in found)
+    x = s.value(node.args[0], torch.float32)
+    codes = s.op("QuantizeLinear", x, *parameters, name=node.name)
+    if node.meta.get("signed") and not s.signed:
+        # x86 sessions make uint8 of int8 codes that are dequantized at once, and two uint8 operands are slow.
+        codes = s.reshape(codes, s.dims(node), s.dims(node))
     spec = act_spec(bits, symmetric)
     if (spec.qmin, spec.qmax) == (-128, 127):
         return codes
@@ -112,7 +120,11 @@ def dequantized_terms(s: Scope, node: fx.Node, move: Emitter | None = None) -> l
 
 def _dequantize(s: Scope, node: fx.Node) -> Emitted:
     values = dequantized_terms(s, node)
-    return values[0] if len(values) == 1 else s.op("Add", *values)
+    value = values[0] if len(values) == 1 else s.op("Add", *values)
+    if len(node.users) == 1 or any(layer_of(user) is not None for user in node.users):
+        return value
+    # ONNX Runtime makes a DequantizeLinear of its own for each reader; behind a view, which costs nothing, there is one.
+    return s.reshape(value, s.dims(node), s.dims(node))
 
 
 def zero_code(s: Scope, node: fx.Node) -> ir.Value:

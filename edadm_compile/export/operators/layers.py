@@ -1,6 +1,6 @@
 """Quantized convolutions and linear layers in the forms that ONNX Runtime runs in integers (docs/onnx.md).
 
-direct    QLinearConv: codes in, codes out
+direct    QLinearConv: codes in, codes out; four of them where it computes the phases of an upsampled image
 gather    patches of codes, then QGemm: float out
 scatter   MatMulIntegerToFloat per tap, then the sum of shifted results: float out, for few output channels
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import ExportError
+from edadm_compile.export.operators import phases
 from edadm_compile.export.operators.codes import common_output, dequantized_terms, pad_codes, zero_code
 from edadm_compile.export.prepare import is_integer_layer, weight_codes
 from edadm_compile.export.scope import Dim, Emitted, Emitter, Scope
@@ -96,24 +97,27 @@ def absorbed_padding(s: Scope, node: fx.Node) -> fx.Node | None:
 def _qlinear_conv(
     s: Scope, node: fx.Node, x: ir.Value, w: tuple[Tensor, Tensor, int], pads: list[int], stride: list[int],
     dilation: list[int], groups: int,
-) -> ir.Value:  # fmt: skip
-    name = _name(node)
+) -> Emitted:  # fmt: skip
     codes, scale, bits = w
     bias = s.constant_of(argument(node, 2, "bias"))
     x_scale = s.constant_of(node.args[0].args[1])  # type: ignore[union-attr]
     assert x_scale is not None
-    inputs = [x]
     scale, bias = output_channels(s, node, scale, bias)
-    if bias is None:
-        inputs.append(weight(s, name, codes, scale, bits, 0))
-    else:
+    if bias is not None:
         codes, scale = _room_for_bias(codes, scale, bias, x_scale)
-        inputs.append(weight(s, name, codes, scale, bits, 0))
-        inputs.append(_bias(s, name, bias, x_scale * scale))
-    return s.op(
-        "Conv", *inputs, pads=pads, strides=stride, dilations=dilation, group=groups, kernel_shape=list(codes.shape[2:]),
-        name=name,
-    )  # fmt: skip
+
+    def convolve(name: str, part: slice, pads: list[int]) -> ir.Value:
+        inputs = [x, weight(s, name, codes[part].contiguous(), scale[part], bits, 0)]
+        if bias is not None:
+            inputs.append(_bias(s, name, bias[part], x_scale * scale[part]))
+        return s.op(
+            "Conv", *inputs, pads=pads, strides=stride, dilations=dilation, group=groups,
+            kernel_shape=list(codes.shape[2:]), name=name,
+        )  # fmt: skip
+
+    if phases.pixels_behind(node) is not None and not s.plain_layers:
+        return phases.convolutions(lambda index, part, pads: convolve(f"{_name(node)}.phase{index}", part, pads))
+    return convolve(_name(node), slice(None), pads)
 
 
 def output_channels(s: Scope, node: fx.Node, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -308,6 +312,7 @@ def table(base: dict[str, Emitter]) -> dict[str, Emitter]:
         "aten.conv2d.default": quantized(base["aten.conv2d.default"], _conv2d),
         "aten.linear.default": quantized(base["aten.linear.default"], _linear),
         "aten.conv_transpose2d.input": quantized(base["aten.conv_transpose2d.input"], _conv_transpose2d),
-        "aten.constant_pad_nd.default": _pad(base["aten.constant_pad_nd.default"]),
+        "aten.constant_pad_nd.default": phases.crop(_pad(base["aten.constant_pad_nd.default"])),
+        "aten.pixel_shuffle.default": phases.pixel_shuffle(base["aten.pixel_shuffle.default"]),
         "edadm.dequantize_weight.default": _dequantize_weight,
     }
