@@ -23,9 +23,9 @@ from edadm_compile.quant.spec import act_spec
 #: All remaining output codes together may cost this much (dB): well below the noise of 8-bit activations.
 _TARGET_DB = 45.0
 #: Share of the multiplications of all convolutions in layers with a float output, which take twice the time.
-_LARGEST_SHARE = 0.10
-#: A float output must take this many times the share of the error that it takes of the multiplications.
-_WORTH = 4.0
+_LARGEST_SHARE = 0.15
+#: A float output must take this many times the share of the remaining error that it takes of the multiplications.
+_WORTH = 5.0
 #: Layers behind the stem that get a float output where measuring would take too long.
 _UNMEASURED = 2
 
@@ -34,7 +34,7 @@ _UNMEASURED = 2
 class FloatOutputs:
     """Annotates a float graph; changes no operator. For engines whose integer convolution writes codes.
 
-    1. convolutions whose 8-bit output hurts most per multiplication → ``float_output``, worst first, while that is
+    1. convolutions whose 8-bit output hurts most per multiplication → ``float_output``, worst first, each that is
        `_WORTH` it, until the others together stay below `_TARGET_DB`, within `_LARGEST_SHARE` of the multiplications;
        above `MEASURE_LIMIT` parameters the first convolutions behind the stem instead
 
@@ -88,14 +88,14 @@ def _coded(node: fx.Node, value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _worst(program: Program, errors: dict[fx.Node, float]) -> list[fx.Node]:
-    allowed, total = 10 ** (-_TARGET_DB / 10), sum(errors.values())
+    allowed, remaining = 10 ** (-_TARGET_DB / 10), sum(errors.values())
     products = sum(_products(program, n) for n in errors)
-    remaining, budget = total, _LARGEST_SHARE * products
+    budget = _LARGEST_SHARE * products
     chosen: list[fx.Node] = []
     for node in sorted(errors, key=lambda n: (-errors[n] / _products(program, n), n.name)):
         if remaining <= allowed:
             break
-        worthwhile = errors[node] / total >= _WORTH * _products(program, node) / products
+        worthwhile = errors[node] / remaining >= _WORTH * _products(program, node) / products
         if worthwhile and _products(program, node) <= budget and argument(node, 6, "groups", 1) == 1:
             budget -= _products(program, node)
             remaining -= errors[node]

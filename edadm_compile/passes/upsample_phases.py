@@ -54,9 +54,8 @@ def _matches(program: Program, node: fx.Node) -> bool:
         return False
     small, large = shape_of(upsample.args[0]), shape_of(upsample)  # type: ignore[arg-type]
     doubled = len(small) == 4 and tuple(2 * n for n in small[2:]) == large[2:]
-    plain = all(
-        pair(argument(node, 3 + i, name, 1)) == [1, 1] for i, name in enumerate(("stride", "padding", "dilation"))
-    )
+    defaults = {"stride": 1, "padding": 0, "dilation": 1}
+    plain = all(pair(argument(node, 3 + i, *item)) == [1, 1] for i, item in enumerate(defaults.items()))
     weight = get_constant(program.graph_module, str(node.args[1].target))  # type: ignore[union-attr]
     return doubled and plain and argument(node, 6, "groups", 1) == 1 and weight.shape[2:] == (3, 3)
 
