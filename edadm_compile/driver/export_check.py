@@ -60,7 +60,7 @@ class Check:
             "layers": rows,
             "end_to_end": self._ends(prediction, reference),
             "broken": [f"layer {r['layer']}: {r['failure']}" for r in rows if r["failure"]]
-            + [f"{name} is a convolution with types that have no fast kernel" for name in self._slow(optimized)],
+            + [f"{name} multiplies types that have no fast kernel" for name in self._slow(optimized)],
         }
 
     def _ends(self, prediction: Tensor, reference: Tensor) -> dict[str, float | None]:
