@@ -1,7 +1,7 @@
-"""Write the results section of README.md from the result files.
+"""Write the results sections of README.md from the result files.
 
-python benchmarks/render.py          rewrite the section
-python benchmarks/render.py --check  exit 1 when it does not match the files
+python benchmarks/render.py          rewrite the sections
+python benchmarks/render.py --check  exit 1 when they do not match the files
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "benchmarks" / "results" / "cpu-2core" / "digits_quality.json"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+CIFAR10 = ROOT / "benchmarks" / "results" / "cpu-2core" / "onnxruntime_cifar10.json"
 _TITLES = {
     "float": "float model",
     "w8a8": "W8A8, default",
@@ -77,19 +77,57 @@ def _line(title: str, row: dict[str, Any]) -> str:
     return f"| {title} | {error} | {quality} | {row['average_weight_bits']:.2f} | {row['weights_ratio_to_fp16']:.3f} |"
 
 
+def speed_table(results: dict[str, Any]) -> str:
+    """The comparison beside ONNX Runtime as Markdown: the best run mode of each variant."""
+    machine, settings = results["machine"], results["settings"]
+    versions = machine["versions"]
+    lines = [
+        f"UNet2DModel with the configuration of google/ddpm-cifar10-32, {results['model']['parameters'] / 1e6:.1f} M parameters, random weights, one step; W8A8,",
+        f"`--deploy onnxruntime --attention int8`. {machine['processor']}, {settings['cores']} cores ({', '.join(machine['instructions'])}), ONNX Runtime",
+        f"{versions['onnxruntime']}, torch {versions['torch']}, commit {machine['commit']}; median of {settings['rounds']} rounds, interleaved in one process ([file]({CIFAR10.relative_to(ROOT)}),",
+        "[how](benchmarks/onnxruntime/README.md)). Mode: one call with all threads, or one caller per core with one thread each; the",
+        "faster one of each variant stands here. SQNR is that of the prediction against torch, on noise.",
+    ]  # fmt: skip
+    for group in results["batches"]:
+        lines += [
+            "",
+            f"| {group['batch']} image{'s' if group['batch'] > 1 else ''} | mode | ms | times faster than ONNX Runtime fp32 | SQNR, dB |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [_speed_line(row) for row in group["rows"] if row["best_mode"]]
+    return "\n".join(lines)
+
+
+def _speed_line(row: dict[str, Any]) -> str:
+    name = row["variant"].replace("ORT int8 ", "`quantize_static`, ").replace("ORT fp32", "ONNX Runtime fp32")
+    quality = "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+    return f"| {name} | {row['mode']} | {row['milliseconds']['median']:.1f} | {row['times_faster']['median']:.2f} | {quality} |"
+
+
+def rendered(text: str) -> str:
+    """README.md with both sections from the files."""
+    quality = json.loads(DIGITS.read_text())
+    sections = {
+        "results": f"{digits_table(quality)}\n\n{onnx_table(quality)}",
+        "speed": speed_table(json.loads(CIFAR10.read_text())),
+    }
+    for name, section in sections.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        head, _, rest = text.partition(begin)
+        text = f"{head}{begin}\n{section}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
 def main() -> None:
-    """Rewrite or check the section."""
+    """Rewrite or check the sections."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text = readme.read_text()
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    results = json.loads(DIGITS.read_text())
-    wanted = f"{head}{BEGIN}\n{digits_table(results)}\n\n{onnx_table(results)}\n{END}{tail}"
+    wanted = rendered(text)
     if check and wanted != text:
-        sys.exit("README.md: the results section does not match benchmarks/results; run python benchmarks/render.py")
+        sys.exit("README.md: a results section does not match benchmarks/results; run python benchmarks/render.py")
     if not check:
         readme.write_text(wanted)
 
