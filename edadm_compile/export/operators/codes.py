@@ -14,8 +14,18 @@ from torch import Tensor, fx
 
 from edadm_compile.export.builder import DTYPES
 from edadm_compile.export.scope import Emitted, Emitter, Scope
+from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import layer_of
 from edadm_compile.quant.spec import act_spec
+
+#: Operators whose ONNX form reads each operand once.
+_READ_ONCE = frozenset(
+    f"aten.{name}"
+    for name in (
+        "add.Tensor", "sub.Tensor", "mul.Tensor", "cat.default", "view.default", "reshape.default", "permute.default",
+        "transpose.int", "group_norm.default", "constant_pad_nd.default",
+    )
+)  # fmt: skip
 
 
 def code_type(s: Scope, node: fx.Node) -> torch.dtype:
@@ -121,9 +131,12 @@ def dequantized_terms(s: Scope, node: fx.Node, move: Emitter | None = None) -> l
 def _dequantize(s: Scope, node: fx.Node) -> Emitted:
     values = dequantized_terms(s, node)
     value = values[0] if len(values) == 1 else s.op("Add", *values)
-    if len(node.users) == 1 or any(layer_of(user) is not None for user in node.users):
+    if any(layer_of(user) is not None for user in node.users):
         return value
-    # ONNX Runtime makes a DequantizeLinear of its own for each reader; behind a view, which costs nothing, there is one.
+    if len(node.users) == 1 and op_name(next(iter(node.users)).target) in _READ_ONCE:
+        return value
+    # ONNX Runtime makes a DequantizeLinear of its own for each reader, of which an activation function is two. Behind a
+    # view, which costs nothing, there is one.
     return s.reshape(value, s.dims(node), s.dims(node))
 
 
