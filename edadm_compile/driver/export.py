@@ -13,8 +13,8 @@ from edadm_compile.calibration import sampler
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ContractError, ExportError, InputError
 from edadm_compile.evaluate.compare import compare_noise
-from edadm_compile.frontend import Source, load_source
-from edadm_compile.ir.program import Program
+from edadm_compile.frontend import Source, load_source, read_conditions
+from edadm_compile.ir.program import Program, Signature
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.artifact import Artifact, read, write_atomically
 from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine, missing_packages
@@ -169,18 +169,29 @@ def _check(
     from edadm_compile.driver.export_check import Check
 
     engine = OnnxRuntimeEngine(exported)
-    pool = {}
     source: Source | None = None
     if reference is not None:
         source = load_source(reference, load_options(options, loaded.lowered.sampler))
         if [s.shape for s in source.signature.inputs] != [s.shape for s in loaded.lowered.signature.inputs]:
             raise InputError("--reference takes other inputs than the model that was compiled")
-        pool = source.conditions
+    pool = _conditions(loaded.lowered.signature, source, options.get("conditions"))
     inputs = states(loaded.lowered, engine, pool, one_time=one_time)
     result = Check(exported, loaded.lowered, inputs).run()
     if source is not None:
         result["end_to_end"] |= _quality(loaded.lowered, engine, source)
     return result
+
+
+def _conditions(signature: Signature, source: Source | None, file: Path | None) -> dict[str, Tensor]:
+    """Values [N, ...] of conditions by name: the user's, else standard normal ones, which exercise a graph as well."""
+    given = source.conditions if source is not None else read_conditions(file)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        spec.name: torch.randn((_IMAGES, *spec.shape), generator=generator)
+        for spec in signature.conditions
+        if spec.num_classes is None and spec.dtype.is_floating_point
+    }
+    return {**drawn, **given}
 
 
 def _quality(program: Program, engine: OnnxRuntimeEngine, source: Source) -> dict[str, float]:

@@ -16,7 +16,7 @@ from edadm_compile.calibration.sampler import sample as run_sampler
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import InputError
 from edadm_compile.evaluate.metrics import psnr
-from edadm_compile.frontend import load_source
+from edadm_compile.frontend import load_source, read_conditions
 from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.artifact import write_atomically
@@ -73,11 +73,7 @@ def inputs(
     """Noise and conditions for `count` images; labels in turn unless one is asked for."""
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(model.signature, count, generator)
-    tensors = {}
-    if pool is not None:
-        from safetensors.torch import load_file
-
-        tensors = dict(load_file(pool))
+    tensors = read_conditions(pool)
     conditions = draw_conditions(model.signature, count, generator, tensors)
     if label is not None and not any(
         s.num_classes is not None and s.name not in tensors for s in model.signature.conditions

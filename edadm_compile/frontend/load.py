@@ -57,7 +57,7 @@ def load_source(path: Path, options: LoadOptions | None = None) -> Source:
     options = options or LoadOptions()
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    pool = _read_conditions(options.conditions)
+    pool = read_conditions(options.conditions)
     if path.is_dir():
         return diffusers_folder.load(path, lambda found: _sampler(options, found, None), options.shape, pool)
     origin = {"file": path.name, "sha256": sha256(path)}
@@ -211,7 +211,12 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_conditions(path: Path | None) -> dict[str, Tensor]:
+def read_conditions(path: Path | None) -> dict[str, Tensor]:
+    """Condition tensors [N, ...] by name from a safetensors file; none without a file.
+
+    Raises:
+        InputError: unreadable, or a tensor without rows.
+    """
     if path is None:
         return {}
     from safetensors.torch import load_file
