@@ -50,6 +50,17 @@ def test_a_configuration_survives_its_dictionary():
         assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_the_engine_a_program_is_for_comes_from_the_file_or_the_command_line(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("deploy = 'onnxruntime'")
+    assert make_config({}, path).deploy == make_config({"deploy": "onnxruntime"}, None).deploy == "onnxruntime"
+    assert make_config({"deploy": None}, path).deploy == "onnxruntime" and make_config({}, None).deploy is None
+    with pytest.raises(ConfigError, match="deploy: got 'cuda', allowed onnxruntime"):
+        make_config({"deploy": "cuda"}, path)
+    for config in (QuantConfig(), QuantConfig(deploy="onnxruntime")):
+        assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_names():
     assert QuantConfig().name == "w4a8" and QuantConfig(8, 16).name == "w8a16"
     assert QuantConfig(method="minmax").is_baseline and not QuantConfig().is_baseline
@@ -68,6 +79,8 @@ def test_names():
         ("weight_bits = true", "weight_bits must be int"),
         ("uniform = 1", "uniform must be bool"),
         ("seed = [1]", "seed must be int"),
+        ("deploy = 'onnx'", "deploy: got 'onnx', allowed onnxruntime"),
+        ("deploy = false", "deploy must be str"),
         ("tdac = 3", r"\[tdac\]: expected a table"),
         ("rules = 3", "rules must be a list"),
         ("[rules]\npattern = 'x'", "rules must be a list"),
@@ -100,6 +113,9 @@ def test_unreadable_files_are_explained(tmp_path):
         ({"act_bits": 9}, "act_bits: got 9, allowed 2, 3, 4, 5, 6, 7, 8, 16"),
         ({"method": "magic"}, "method: got 'magic', allowed eda-dm, minmax"),
         ({"attention": "int4"}, "attention"),
+        ({"deploy": "tensorrt"}, "deploy: got 'tensorrt', allowed onnxruntime$"),
+        ({"deploy": ""}, "deploy: got '', allowed onnxruntime"),
+        ({"deploy": True}, "deploy: got True"),
         ({"calib_samples": 0}, "calib_samples: got 0, must be at least 1"),
         ({"seed": -1}, "seed"),
         ({"promoted_share": 1.5}, "promoted_share: got 1.5, must be between 0.0 and 1.0"),

@@ -11,10 +11,11 @@ import torch
 from onnx_ir import tape
 from torch import Tensor
 
-#: torch type -> ONNX type of constants, casts and inputs.
+#: torch type -> ONNX type of constants, casts and inputs. bfloat16 becomes float32, which holds all of its values:
+#: ONNX Runtime has hardly an operator for it on a CPU.
 DTYPES = {
     torch.float32: ir.DataType.FLOAT, torch.float64: ir.DataType.DOUBLE, torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
+    torch.bfloat16: ir.DataType.FLOAT, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
     torch.int16: ir.DataType.INT16, torch.int32: ir.DataType.INT32, torch.int64: ir.DataType.INT64,
     torch.bool: ir.DataType.BOOL,
 }  # fmt: skip
@@ -74,7 +75,8 @@ class Builder:
         if not isinstance(value, Tensor):
             value = torch.tensor(value, dtype=dtype or (torch.float32 if _has_float(value) else torch.int64))
         tensor = value.detach().to(dtype or value.dtype).contiguous()
-        data = tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        data = tensor.numpy()
         key = (tensor.dtype, tuple(tensor.shape), hashlib.sha256(data.tobytes()).digest())
         return self._stored(key, name, lambda label: ir.tensor(data, dtype=DTYPES[tensor.dtype], name=label))
 

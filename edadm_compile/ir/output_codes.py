@@ -24,7 +24,7 @@ def convolution_form(node: fx.Node, info: LayerInfo) -> str:
         node: conv2d or conv_transpose2d.
         info: its layer record.
     """
-    if info.kind == "conv_transpose2d" or argument(node, 6, "groups", 1) > 1:
+    if not can_be_float(node, info):
         return "direct"
     if info.act_bits == 16:
         return "gather"
@@ -33,6 +33,11 @@ def convolution_form(node: fx.Node, info: LayerInfo) -> str:
     if info.float_output:
         return "gather"
     return "direct"
+
+
+def can_be_float(node: fx.Node, info: LayerInfo | None) -> bool:
+    """Whether a convolution can be written as a matrix product."""
+    return info is not None and info.kind == "conv2d" and argument(node, 6, "groups", 1) == 1
 
 
 def pixels_of(node: fx.Node) -> fx.Node:

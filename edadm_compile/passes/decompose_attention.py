@@ -62,7 +62,8 @@ def _decompose_sdpa(graph: fx.Graph, node: fx.Node) -> int:
     if mask is not None or dropout or causal or grouped:
         return 0
     q, k, v = node.args[:3]
-    scale = argument(node, 6, "scale") or 1 / math.sqrt(shape_of(q)[-1])  # type: ignore[arg-type]
+    given = argument(node, 6, "scale")
+    scale = 1 / math.sqrt(shape_of(q)[-1]) if given is None else given  # type: ignore[arg-type]
     scope = {"scope": node.meta.get("scope", ())}
     with graph.inserting_before(node):
         k_t = graph.call_function(aten.transpose.int, (k, -2, -1))

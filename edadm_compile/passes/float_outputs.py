@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import layer_weight, shape_of
-from edadm_compile.ir.arguments import argument
-from edadm_compile.ir.output_codes import pixels_of, writes_codes
+from edadm_compile.ir.output_codes import can_be_float, pixels_of, writes_codes
 from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.passes.assign_widths import MEASURE_LIMIT
 from edadm_compile.passes.base import Context, PassResult
@@ -51,7 +50,7 @@ class FloatOutputs:
         if ctx.config.uniform or ctx.config.is_baseline or not nodes:
             return PassResult(program, False, {"float_outputs": []})
         if sum(layer_weight(program, n).numel() for n in nodes) > MEASURE_LIMIT:
-            chosen, errors = nodes[:_UNMEASURED], {}
+            chosen, errors = [n for n in nodes if can_be_float(n, layer_of(n))][:_UNMEASURED], {}
         else:
             errors = self._errors(program, nodes, ctx)
             chosen = _worst(program, errors)
@@ -96,7 +95,7 @@ def _worst(program: Program, errors: dict[fx.Node, float]) -> list[fx.Node]:
         if remaining <= allowed:
             break
         worthwhile = errors[node] / remaining >= _WORTH * _products(program, node) / products
-        if worthwhile and _products(program, node) <= budget and argument(node, 6, "groups", 1) == 1:
+        if worthwhile and _products(program, node) <= budget and can_be_float(node, layer_of(node)):
             budget -= _products(program, node)
             remaining -= errors[node]
             chosen.append(node)

@@ -23,7 +23,7 @@ _VIEWS = (
     "aten.transpose.int",
     "aten.unsqueeze.default",
     "aten.squeeze.dim",
-)
+)  # where they move dimensions of size 1 only: `_keeps_order`
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,19 @@ def _match(node: fx.Node) -> _Attention | None:
         return None
     q, k, v = sources
     assert q is not None and k is not None and v is not None
+    if not all(_constant_bias(layer) for layer in (q, k, v, out)):
+        return None
     tokens = shape_of(q)[1:2]  # the same tokens ask and answer, and nothing but the views lies between
     same = q.args[0] is k.args[0] is v.args[0] and tokens == shape_of(node)[2:3] == shape_of(out)[1:2]
     if not same or len(shape_of(q)) != 3:
         return None
-    return _Attention(q, k, v, out, argument(node, 6, "scale") or 1 / math.sqrt(shape_of(node)[-1]))
+    scale = argument(node, 6, "scale")
+    return _Attention(q, k, v, out, 1 / math.sqrt(shape_of(node.args[0])[-1]) if scale is None else scale)  # type: ignore
 
 
 def _projection(value: Any) -> fx.Node | None:
     """The linear layer behind views that only add a head dimension, read by nothing else."""
-    while isinstance(value, fx.Node) and op_name(value.target) in _VIEWS and len(value.users) == 1:
+    while isinstance(value, fx.Node) and _keeps_order(value) and len(value.users) == 1:
         value = value.args[0]
     is_linear = isinstance(value, fx.Node) and op_name(value.target) == "aten.linear.default" and is_layer(value)
     return value if is_linear and len(value.users) == 1 else None
@@ -99,9 +102,27 @@ def _single_reader(node: fx.Node) -> fx.Node | None:
         reader = next(iter(reader.users))
         if op_name(reader.target) == "aten.linear.default" and is_layer(reader):
             return reader if len(shape_of(reader)) == 3 else None
-        if op_name(reader.target) not in _VIEWS:
+        if not _keeps_order(reader):
             return None
     return None
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    """Whether a node is a view that adds, removes or moves dimensions of size 1 and leaves the others in their order."""
+    if op_name(node.target) not in _VIEWS:
+        return False
+    before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    if [n for n in before if n != 1] != [n for n in after if n != 1]:
+        return False
+    if op_name(node.target) != "aten.transpose.int":
+        return True
+    first, last = sorted(int(d) % len(before) for d in node.args[1:3])  # type: ignore[arg-type]
+    return sum(n != 1 for n in before[first : last + 1]) <= 1
+
+
+def _constant_bias(layer: fx.Node) -> bool:
+    bias = argument(layer, 2, "bias")
+    return bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")
 
 
 def _fold(program: Program, node: fx.Node, a: _Attention) -> None:
@@ -121,6 +142,12 @@ def _fold(program: Program, node: fx.Node, a: _Attention) -> None:
     for new, like in ((asked, a.q), (keys, node), (scores, node), (weights, node), (mixed, node), (result, a.out)):
         new.meta = {"scope": like.meta.get("scope", ())}
     a.out.replace_all_uses_with(result)
+    # Attention counts as random (it has a dropout), which dead code elimination leaves in place.
+    dead: Any = a.out
+    while dead is not node:
+        behind, dead = dead, dead.args[0]
+        graph.erase_node(behind)
+    graph.erase_node(node)
 
 
 def _constant(program: Program, layer: fx.Node, position: int) -> Tensor:
@@ -135,6 +162,9 @@ def _bias(program: Program, layer: fx.Node) -> Tensor:
 
 def _linear(program: Program, x: Any, name: str, values: tuple[Tensor, Tensor]) -> fx.Node:
     graph = program.graph_module.graph
+    taken = {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
+    while name in taken:
+        name += "_"
     constants = []
     for part, value in zip(("weight", "bias"), values, strict=True):
         set_constant(program.graph_module, f"{name}.{part}", value.float())

@@ -220,9 +220,10 @@ def _is_range(record: dict[str, Any]) -> bool:
 
 
 def _outputs(record: dict[str, Any]) -> int:
-    """Output channels of a layer record's convolution."""
-    shape = record["weight_shape"]
-    return int(shape[1 if record["kind"] == "conv_transpose2d" else 0])
+    """Output channels of a layer record's convolution; -1 for anything else."""
+    shape, axis = record.get("weight_shape"), {"conv2d": 0, "conv_transpose2d": 1}.get(str(record.get("kind")))
+    sound = axis is not None and isinstance(shape, list) and len(shape) == 4 and type(shape[axis]) is int
+    return shape[axis] if sound else -1  # type: ignore[index]
 
 
 def layers_from_json(records: Any) -> list[LayerInfo]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edadm_compile.errors import ArtifactError
-from edadm_compile.ir.program import get_constant, layers
+from edadm_compile.ir.program import LayerInfo, get_constant, layers
 from edadm_compile.runtime.program_json import (
     MAX_DEPTH,
     _decode,
@@ -187,3 +188,88 @@ def test_deep_nesting_is_refused():
 def test_malformed_layer_records_are_refused(records):
     with pytest.raises(ArtifactError, match="layer"):
         layers_from_json(records)
+
+
+# what layer records say of the outputs of convolutions
+
+_RANGED = LayerInfo(
+    "a", "conv2d", (3, 2, 1, 1), "inner", 4, 8, "w4a8", out_scale=(0.5, 1e-12, 3.25), out_zero_point=(-128, 0, 127)
+)
+
+
+def _stored(info=_RANGED, **changes):
+    return json.loads(json.dumps([{**dataclasses.asdict(info), **changes}]))
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        _RANGED,
+        dataclasses.replace(_RANGED, out_scale=None, out_zero_point=None, float_output=True),
+        dataclasses.replace(_RANGED, kind="conv_transpose2d", weight_shape=(2, 3, 1, 1)),
+        dataclasses.replace(_RANGED, kind="linear", weight_shape=(4, 4), out_scale=None, out_zero_point=None),
+        LayerInfo("product", "matmul", (), "inner", 8, 8),
+    ],
+    ids=["range", "float output", "transposed", "linear", "product"],
+)
+def test_layer_records_survive(info):
+    (found,) = layers_from_json(_stored(info))
+    assert found == info
+    assert [type(v) for v in dataclasses.astuple(found)] == [type(v) for v in dataclasses.astuple(info)]
+
+
+@pytest.mark.parametrize("absent", [["out_scale", "out_zero_point"], ["float_output"], ["out_scale", "out_zero_point", "float_output"]], ids=str)  # fmt: skip
+def test_records_of_earlier_versions_are_read(absent):
+    info = dataclasses.replace(_RANGED, out_scale=None, out_zero_point=None)
+    (record,) = _stored(info)
+    (found,) = layers_from_json([{k: v for k, v in record.items() if k not in absent}])
+    assert found == info
+
+
+@pytest.mark.parametrize("absent", ["name", "kind", "weight_shape", "role", "weight_bits", "act_bits", "executed", "note"])  # fmt: skip
+def test_older_fields_are_not_optional(absent):
+    (record,) = _stored()
+    with pytest.raises(ArtifactError, match="layer"):
+        layers_from_json([{k: v for k, v in record.items() if k != absent}])
+
+
+_SCALES, _ZEROS = [0.5, 0.25, 3.25], [-128, 0, 127]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"out_scale": None}, {"out_zero_point": None},
+        {"out_scale": _SCALES[:2]}, {"out_zero_point": _ZEROS[:2]}, {"out_scale": [], "out_zero_point": []},
+        {"out_scale": _SCALES[:2], "out_zero_point": _ZEROS[:2]},  # as many as input channels
+        {"out_scale": [*_SCALES, 1.0], "out_zero_point": [*_ZEROS, 0]},
+        {"kind": "conv_transpose2d"},  # its output channels come second
+        {"out_scale": [0.5, 0.0, 1.0]}, {"out_scale": [0.5, -0.25, 1.0]}, {"out_scale": [0.5, -0.0, 1.0]},
+        {"out_scale": [0.5, math.nan, 1.0]}, {"out_scale": [0.5, math.inf, 1.0]}, {"out_scale": [0.5, 1, 1.0]},
+        {"out_scale": [0.5, "1.0", 1.0]}, {"out_scale": [0.5, None, 1.0]}, {"out_scale": [0.5, True, 1.0]},
+        {"out_scale": 0.5}, {"out_scale": "abc"}, {"out_scale": {"0": 1.0, "1": 1.0, "2": 1.0}},
+        {"out_zero_point": [-129, 0, 0]}, {"out_zero_point": [0, 128, 0]}, {"out_zero_point": [0, 0, 0.0]},
+        {"out_zero_point": [0, False, 0]}, {"out_zero_point": [0, None, 0]}, {"out_zero_point": "000"},
+        {"out_zero_point": 0}, {"out_zero_point": {"0": 0, "1": 0, "2": 0}},
+        {"float_output": 1}, {"float_output": 0}, {"float_output": None}, {"float_output": "true"},
+        {"float_output": []}, {"out_shift": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_unsound_output_ranges_are_refused(changes):
+    with pytest.raises(ArtifactError, match="malformed layer record"):
+        layers_from_json(_stored(**changes))
+
+
+def test_one_key_of_the_range_alone_is_refused():
+    (record,) = _stored()
+    for key in ("out_scale", "out_zero_point"):
+        with pytest.raises(ArtifactError, match="malformed layer record"):
+            layers_from_json([{k: v for k, v in record.items() if k != key}])
+
+
+def test_one_unsound_record_among_others_is_refused():
+    records = [*_stored(), *_stored(name="b", out_zero_point=[0, 0, 128]), *_stored(name="c")]
+    with pytest.raises(ArtifactError, match="malformed layer record"):
+        layers_from_json(records)
+    assert [info.name for info in layers_from_json([records[0], records[2]])] == ["a", "c"]

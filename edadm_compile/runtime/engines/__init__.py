@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Protocol
 
@@ -64,5 +65,13 @@ def _cpu_engine(name: str | None, artifact: Artifact) -> Engine:
     except EdadmError as error:
         if name is not None:
             raise
-        warnings.warn(f"running on the slow reference engine: {error}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"running on the slow reference engine: {error}", RuntimeWarning, stacklevel=_callers_level())
         return ReferenceEngine(artifact.lowered)
+
+
+def _callers_level() -> int:
+    """Stack level, as `warnings.warn` counts from our caller, of the first frame outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("edadm_compile."):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edadm_compile.errors import TargetError
+from edadm_compile.errors import InputError, TargetError
 from edadm_compile.ir.program import Program
 
 if TYPE_CHECKING:  # packages of the [onnx] extra
@@ -94,8 +96,10 @@ class OnnxRuntimeEngine:
         exported = _export(program) if isinstance(program, Program) else program
         self.signature = exported.prepared.signature
         self.threads = threads or torch.get_num_threads()
-        self._data: bytes | Path
-        self._data, self._folder = _serialised(exported.model)
+        self._data = _serialised(exported.model)
+        if isinstance(self._data, Path):
+            weakref.finalize(self, shutil.rmtree, self._data.parent, ignore_errors=True)
+        self._last = _last_timestep(exported.prepared)
         self._sessions: dict[int, Any] = {}
         self._pool = ThreadPoolExecutor(self.threads, "edadm-onnxruntime") if self.threads > 1 else None
         self.session(1 if self.mode(self.threads) == "callers" else self.threads)  # refused here, not in the first call
@@ -110,12 +114,17 @@ class OnnxRuntimeEngine:
         specs = self.signature.inputs
         tensors = [v.detach().to("cpu", s.dtype).contiguous() for v, s in zip(inputs, specs, strict=True)]
         batch = tensors[0].shape[0]
+        self._check_timesteps(tensors[1])
         if self.signature.min_batch == self.signature.max_batch:
             pieces = self.signature.batches(tensors)
             return torch.cat([self._call(self.session(self.threads), piece)[:rows] for piece, rows in pieces])
         if self.mode(batch) == "threads":
             return self._call(self.session(self.threads), tensors)
         return self._split(tensors, batch)
+
+    def _check_timesteps(self, t: Tensor) -> None:
+        if self._last is not None and not bool(((t >= 0) & (t <= self._last) & (t == t.round())).all()):
+            raise InputError(f"timestep: got {t.tolist()}, allowed are the integers 0 to {self._last} of the schedule")
 
     def session(self, threads: int) -> Any:
         """The session with that many threads, made on first use."""
@@ -167,15 +176,25 @@ def _export(program: Program) -> Exported:
     return convert(program, target("cpu"))
 
 
-def _serialised(model: ir.Model) -> tuple[bytes | Path, tempfile.TemporaryDirectory[str] | None]:
+def _serialised(model: ir.Model) -> bytes | Path:
     """The model as bytes, or as a file where it is too large for one message."""
     import onnx_ir as ir
 
     from edadm_compile.export.files import needs_external_data, save
 
     if not needs_external_data(model):
-        return ir.to_proto(model).SerializeToString(), None
-    folder = tempfile.TemporaryDirectory(prefix="edadm-")
-    path = Path(folder.name) / "unet.onnx"
-    save(model, path)
-    return path, folder
+        data: bytes = ir.to_proto(model).SerializeToString()
+        return data
+    path = Path(tempfile.mkdtemp(prefix="edadm-")) / "unet.onnx"
+    try:
+        save(model, path)
+    except BaseException:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise
+    return path
+
+
+def _last_timestep(program: Program) -> int | None:
+    """The largest timestep of a program that knows no others than those of its table; None for one that does."""
+    time = program.time
+    return int(time.keys[-1]) if time is not None and time.path is None and time.path_outputs else None
