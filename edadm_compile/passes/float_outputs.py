@@ -24,7 +24,7 @@ _TARGET_DB = 45.0
 #: Share of the multiplications of all convolutions in layers with a float output, which take twice the time.
 _LARGEST_SHARE = 0.15
 #: A float output must take this many times the share of the remaining error that it takes of the multiplications.
-_WORTH = 5.0
+_WORTH = 5.75
 #: Layers behind the stem that get a float output where measuring would take too long.
 _UNMEASURED = 2
 
