@@ -322,3 +322,32 @@ def test_help_and_version():
     assert "0.1.0" in _invoke("--version").output
     for preset in ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4"):
         assert f"--{preset}" in _invoke("compile", "--help").output
+
+
+def test_the_onnx_file_is_small_and_runs_in_integers(compiled, tmp_path):
+    sizes = {}
+    for option, limit in (("--no-check", 0.27), ("--int4", 0.16)):
+        output = tmp_path / f"digits{option}.onnx"
+        result = _invoke("export", compiled[0], "-o", output, option, "--json")
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        assert 0.1 < report["weights"]["ratio"] <= limit
+        sizes[option] = output.stat().st_size
+    assert sizes["--int4"] < 0.75 * sizes["--no-check"]
+    counts = report["check"]["counts"]
+    assert report["weights"]["layers"]["int4"] > 30
+    assert all(counts[kind]["float"] == 0 and counts[kind]["integer"] > 20 for kind in ("conv2d", "linear"))
+    reasons = {r["why"] for r in report["check"]["layers"] if not r["integer"]}
+    assert len(reasons) == 1 and "--attention int8" in reasons.pop()
+
+
+def test_both_engines_draw_the_same_digits(compiled, tmp_path):
+    for engine in ("onnxruntime", "reference"):
+        result = _invoke("sample", compiled[0], "-n", 10, "-o", tmp_path / f"{engine}.png", "--engine", engine)
+        assert result.exit_code == 0 and f"on the {engine} engine" in " ".join(result.stdout.split())
+    pictures = []
+    for engine in ("onnxruntime", "reference"):
+        with Image.open(tmp_path / f"{engine}.png") as image:
+            pictures.append(torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).double())
+    error = (pictures[0] - pictures[1]).square().mean()
+    assert 10 * torch.log10(255**2 / error) > 25
