@@ -213,14 +213,15 @@ def states(program: Program, engine: Any, pool: dict[str, Tensor], *, one_time: 
         one_time: of one step only, for graphs with one timestep a call.
     """
     signature = program.signature
-    images = signature.min_batch if signature.min_batch == signature.max_batch else _IMAGES
+    fixed = signature.min_batch == signature.max_batch
+    images = signature.min_batch if fixed else _IMAGES
     generator = torch.Generator().manual_seed(0)
     x = sampler.draw_noise(signature, images, generator)
     conditions = sampler.draw_conditions(signature, images, generator, pool)
     steps = len(sampler.timesteps(program.sampler))
     wanted = (
         {steps // 2}
-        if one_time or images != _IMAGES
+        if one_time or fixed
         else {round(i * (steps - 1) / (_STATES - 1)) for i in range(_STATES)}
     )
     found: list[tuple[Tensor, Tensor]] = []
