@@ -219,11 +219,7 @@ def states(program: Program, engine: Any, pool: dict[str, Tensor], *, one_time: 
     x = sampler.draw_noise(signature, images, generator)
     conditions = sampler.draw_conditions(signature, images, generator, pool)
     steps = len(sampler.timesteps(program.sampler))
-    wanted = (
-        {steps // 2}
-        if one_time or fixed
-        else {round(i * (steps - 1) / (_STATES - 1)) for i in range(_STATES)}
-    )
+    wanted = {steps // 2} if one_time or fixed else {round(i * (steps - 1) / (_STATES - 1)) for i in range(_STATES)}
     found: list[tuple[Tensor, Tensor]] = []
 
     def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from edadm_compile.config import QuantConfig
 from edadm_compile.driver import export
 from edadm_compile.driver.compile import compile_model, to_artifact
-from edadm_compile.ir.program import SamplerSpec
+from edadm_compile.ir.program import SamplerSpec, layer_of
 from edadm_compile.pipeline import compile_source
 from edadm_compile.runtime.artifact import write
 from tests.graphs import DDIM, source_of
@@ -106,3 +106,14 @@ def test_float_layers_are_listed_with_the_operator_that_runs(name, tmp_path):
     rows = export.run(tmp_path / "a.qmod", tmp_path / "a.onnx")["check"]["layers"]
     (row,) = (r for r in rows if not r["integer"])
     assert row["why"] and row["operators"] == ["Conv"]
+
+
+@pytest.mark.parametrize("consumer", ["cpu", "tensorrt"])
+def test_every_quantized_layer_is_counted_once(consumer, tmp_path):
+    config = QuantConfig(8, 8, **{**QUICK, "method": "eda-dm", "deploy": "onnxruntime"})
+    result = compile_source(source_of(make("asymmetric_pad"), steps=2), config, quality=False)
+    write(to_artifact(result), tmp_path / "a.qmod")
+    report = export.run(tmp_path / "a.qmod", tmp_path / "a.onnx", onnx_target=consumer, check=False)
+    quantized = [i for n in result.qdq.graph_module.graph.nodes if (i := layer_of(n)) and i.weight_bits < 32]
+    assert "body.up" in {i.name for i in quantized}  # four convolutions for x86
+    assert report["weights"]["layers"] == {"int4": 0, "int8": len(quantized)}
