@@ -15,9 +15,9 @@ from tests.graphs import TinyUNet, float_program, small_config, source_of
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Compiled kernels of the tests do not go into the user's cache."""
+    """Compiled kernels of the tests do not go into the user's cache; EDADM_TEST_CACHE names one that is kept."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", os.environ.get("EDADM_TEST_CACHE") or str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -14,7 +14,7 @@ from edadm_compile.calibration import sampler
 from edadm_compile.errors import InputError
 from edadm_compile.frontend import LoadOptions, Source, load_source, source_from_module
 from edadm_compile.ir.program import SamplerSpec
-from edadm_compile.passes.trace import CallAdapter
+from edadm_compile.passes.capture import CallAdapter
 
 #: google/ddpm-cifar10-32; the weights are random.
 CIFAR10: dict[str, Any] = {

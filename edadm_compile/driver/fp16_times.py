@@ -12,6 +12,7 @@ from edadm_compile.driver.tune_search import Found, Measure, Shape, key_of
 from edadm_compile.errors import TargetError
 from edadm_compile.kernels.launch import Launch, LaunchPlan, Operand
 from edadm_compile.kernels.registry import kernel
+from edadm_compile.kernels.tiles import family
 from edadm_compile.passes.base import Progress
 
 _ROUNDS = 3
@@ -57,7 +58,9 @@ def faster(
 
 
 def _is(launch: Launch, shape: Shape) -> bool:
-    return launch.layer == shape.layer and launch.kernel in shape.key.split(" ")[:1] and key_of(launch) == shape.key
+    return (
+        launch.layer == shape.layer and family(launch.kernel) == shape.key.split(" ")[0] and key_of(launch) == shape.key
+    )
 
 
 def _quantizer_time(plan: LaunchPlan, launch: Launch, measure: Measure, runner: Runner) -> float:
@@ -85,7 +88,7 @@ def library_call(launch: Launch, batch: int, device: torch.device) -> Callable[[
     depth, outputs = v["C"] + (v["C2"] if two else 0), v["O"] * (2 if v["GLU"] else 1)
     options: dict[str, Any] = {"dtype": torch.float16, "device": device}
     bias = torch.randn(outputs, **options)
-    if launch.kernel == "qlinear":
+    if family(launch.kernel) == "qlinear":
         x, w = torch.randn(v["rows"], depth, **options), torch.randn(outputs, depth, **options)
         return lambda: torch.nn.functional.linear(x, w, bias)
     size = (v["H"] * v["UPSAMPLE"], v["W"] * v["UPSAMPLE"])

@@ -13,6 +13,7 @@ from edadm_compile.ir.program import Program, get_constant
 from edadm_compile.kernels.launch import Launch, LaunchPlan
 from edadm_compile.kernels.memory import Memory
 from edadm_compile.kernels.targets import arch_of
+from edadm_compile.kernels.tiles import family
 from edadm_compile.passes.base import Progress
 from edadm_compile.runtime.artifact import Artifact
 
@@ -75,7 +76,7 @@ def shares(rows: Sequence[dict[str, Any]], found: Mapping[str, Any]) -> list[dic
     for row in rows:
         if "microseconds" in row:
             seconds = row["microseconds"] / 1e6
-            matrix = row["kernel"] in ("qconv2d", "qlinear")
+            matrix = family(row["kernel"]) in ("qconv2d", "qlinear")
             rate = (row["operations"] if matrix else row["bytes"]) / seconds
             peak = found["int8_operations_per_second" if matrix else "copy_bytes_per_second"]
             ceiling = "int8 peak" if matrix else "copy bandwidth"

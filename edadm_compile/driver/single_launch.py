@@ -17,6 +17,7 @@ from edadm_compile.kernels import aot, execute
 from edadm_compile.kernels.cubin import Cubin
 from edadm_compile.kernels.launch import ALIGNMENT, Buffer, Launch, LaunchPlan
 from edadm_compile.kernels.memory import Memory
+from edadm_compile.kernels.tiles import family
 from edadm_compile.lowering.layout import round_up
 from edadm_compile.runtime.engines.cuda_driver import Driver, cuda_driver
 from edadm_compile.runtime.engines.cuda_plan import PlanRunner
@@ -77,10 +78,11 @@ def _random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator
 def operations(launch: Launch) -> int:
     """Multiplications and additions of the matrix products in a launch, 0 where there are none."""
     v = {**launch.constants, **launch.scalars}
-    if launch.kernel in ("qconv2d", "qlinear"):
+    name = family(launch.kernel)
+    if name in ("qconv2d", "qlinear"):
         taps = int(v.get("KH", 1)) * int(v.get("KW", 1))
         depth = int(v["C"]) + (int(v["C2"]) if v.get("SEGMENTS") == 2 else 0)
-        count = int(v["pixels"] if launch.kernel == "qconv2d" else v["rows"])
+        count = int(v["pixels"] if name == "qconv2d" else v["rows"])
         return 2 * int(v["O"]) * (2 if v.get("GLU") else 1) * count * taps * depth
     if launch.kernel in ("attention", "attention_float"):
         return 4 * int(v["batch"]) * int(v["HEADS"]) * int(v["LQ"]) * int(v["LK"]) * int(v["D"])

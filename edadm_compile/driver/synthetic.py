@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from edadm_compile.kernels.launch import Launch, LaunchPlan, Operand, Tile
+from edadm_compile.kernels.tiles import is_asynchronous
 from edadm_compile.lowering import arena
 from edadm_compile.lowering.builder import Builder, Target
 from edadm_compile.lowering.layout import ROW_ALIGNMENT, channels_last, contiguous, round_up
@@ -48,6 +50,7 @@ class Settings:
         small: codes and scales for which float16 holds every accumulator: checks instead of times.
         tiles: tiles by key, before the built-in choice.
         seed: of weights.
+        outputs: "both" (float16 and codes), or "out_q" (codes alone).
     """
 
     arch: str
@@ -55,6 +58,7 @@ class Settings:
     small: bool = False
     tiles: Mapping[str, Tile] | None = None
     seed: int = 0
+    outputs: str = "both"
 
     def builder(self) -> Builder:
         """An empty plan."""
@@ -62,18 +66,23 @@ class Settings:
 
     def weights(self, shape: tuple[int, ...], bits: int) -> dict[str, Tensor]:
         """Packed random codes of `shape`, multipliers and biases [O], and a quantizer with a power of two as its scale."""
-        generator = torch.Generator().manual_seed(self.seed)
-        spec = weight_spec(bits)
-        low, high = (-2, 2) if self.small else (spec.qmin, spec.qmax)
-        codes = torch.randint(low, high + 1, shape, generator=generator).to(torch.int8)
-        outputs = shape[0]
-        ones = torch.ones(outputs)
-        multiplier = ones if self.small else torch.rand(outputs, generator=generator) * 2e-4
-        bias = torch.zeros(outputs) if self.small else torch.randn(outputs, generator=generator)
-        return {
-            "w": packing.pack(codes, packing.storage_bits(bits)), "multiplier": multiplier, "bias": bias,
-            "scale": torch.tensor(0.25 if not self.small else 4.0), "zero": torch.tensor(-7.0),
-        }  # fmt: skip
+        return _weights(shape, bits, self.small, self.seed)
+
+
+@lru_cache(maxsize=8)  # the candidates of a shape differ in their tiles alone
+def _weights(shape: tuple[int, ...], bits: int, small: bool, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    spec = weight_spec(bits)
+    low, high = (-2, 2) if small else (spec.qmin, spec.qmax)
+    codes = torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8)
+    outputs = shape[0]
+    ones = torch.ones(outputs)
+    multiplier = ones if small else torch.rand(outputs, generator=generator) * 2e-4
+    bias = torch.zeros(outputs) if small else torch.randn(outputs, generator=generator)
+    return {
+        "w": packing.pack(codes, packing.storage_bits(bits)), "multiplier": multiplier, "bias": bias,
+        "scale": torch.tensor(0.25 if not small else 4.0), "zero": torch.tensor(-7.0),
+    }  # fmt: skip
 
 
 def _input(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, name: str) -> Operand:
@@ -109,7 +118,7 @@ def _matrix(
     stored = packing.storage_bits(bits)
     constants |= {
         "C": shape[1], "O": outputs, "BITS": stored, "ASM": bool(settings.arch), "OUT_STRIDE": outputs, "OUT_Q": True,
-        "OUT_Q_STRIDE": round_up(outputs, ROW_ALIGNMENT),
+        "OUT": settings.outputs == "both", "OUT_Q_STRIDE": round_up(outputs, ROW_ALIGNMENT),
     }  # fmt: skip
     scalars = {"pixels" if kernel == "qconv2d" else "rows": count}
     tile = build.tile(kernel, {**constants, **scalars})
@@ -124,16 +133,20 @@ def _matrix(
     if kernel == "qconv2d":
         operands["pad"] = build.constant((), "codes", (depth,), torch.int8, value=0, length=depth)
     operands["post"] = build.constant(("scale", "zero"), "post", (3,), torch.float32)
-    operands["out"] = build.buffer((count, outputs), torch.float16, "out")
+    writes: tuple[str, ...] = ("out_q",)
+    if settings.outputs == "both":
+        operands["out"] = build.buffer((count, outputs), torch.float16, "out")
+        writes = ("out", *writes)
     codes = (constants["OUT_Q_STRIDE"], 1)
     operands["out_q"] = build.buffer((count, outputs), torch.int8, "out_q", codes)
-    writes: tuple[str, ...] = ("out", "out_q")
     if split > 1:
         tall, wide = round_up(outputs, block_m), round_up(count, block_n)
         operands["partial"] = build.buffer((split, 1, tall, wide), torch.int32, "partial")
         build.counters = (tall // block_m) * (wide // block_n)
         operands["counter"] = Operand("counter", 0, torch.int32, (build.counters,), (1,))
         writes = (*writes, "partial", "counter")
+    if is_asynchronous(tile):
+        kernel = f"{kernel}_sm90"
     build.launch(Launch(kernel, kernel, operands, constants, scalars, tile, writes))
     return Synthetic(_plan(build, {"x": x}), settings.weights(shape, bits))
 
@@ -172,8 +185,8 @@ def group_norm(settings: Settings, channels: int, pixels: int, groups: int = 32)
     x = _input(shape, contiguous(shape), torch.float16, "x")
     pitch = round_up(channels, ROW_ALIGNMENT)
     constants: dict[str, Any] = {
-        "HW": pixels, "C": channels, "X_STRIDE": channels, "GROUPS": groups, "EPS": 1e-5, "ACT": 1, "OUT": True,
-        "OUT_STRIDE": channels, "OUT_Q": True, "OUT_Q_STRIDE": pitch, "ASM": bool(settings.arch),
+        "HW": pixels, "C": channels, "X_STRIDE": channels, "GROUPS": groups, "EPS": 1e-5, "ACT": 1,
+        "OUT": settings.outputs == "both", "OUT_STRIDE": channels, "OUT_Q": True, "OUT_Q_STRIDE": pitch, "ASM": bool(settings.arch),
     }  # fmt: skip
     scalars = {"batch": settings.batch}
     operands = {
@@ -181,11 +194,14 @@ def group_norm(settings: Settings, channels: int, pixels: int, groups: int = 32)
         "weight": build.parameter("weight", (channels,), torch.float32),
         "bias": build.parameter("bias", (channels,), torch.float32),
         "post": build.constant(("scale", "zero"), "post", (3,), torch.float32),
-        "out": build.buffer(shape, torch.float16, "out"),
         "out_q": build.buffer(shape, torch.int8, "out_q", (pixels * pitch, pitch, 1)),
     }
+    writes: tuple[str, ...] = ("out_q",)
+    if settings.outputs == "both":
+        operands["out"] = build.buffer(shape, torch.float16, "out")
+        writes = ("out", *writes)
     tile = build.tile("groupnorm", {**constants, **scalars})
-    build.launch(Launch("groupnorm", "groupnorm", operands, constants, scalars, tile, ("out", "out_q")))
+    build.launch(Launch("groupnorm", "groupnorm", operands, constants, scalars, tile, writes))
     generator = torch.Generator().manual_seed(settings.seed)
     tensors = {
         "weight": 1 + 0.1 * torch.randn(channels, generator=generator),

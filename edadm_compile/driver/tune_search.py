@@ -94,7 +94,7 @@ def shapes_of(program: Program, targets: Sequence[Target], advance: Callable[[],
 def _weight(shape: Shape) -> float:
     launch = shape.candidates[0].launches[0]
     values = kernel(launch.kernel).values(launch)
-    count = values["pixels"] if launch.kernel == "qconv2d" else values["rows"]
+    count = values["pixels"] if tiles.family(launch.kernel) == "qconv2d" else values["rows"]
     return float(shape.count * values["O"] * count * values["C"] * values.get("KH", 1) * values.get("KW", 1))
 
 

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from edadm_compile.errors import InputError
 from edadm_compile.frontend.source import Source
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
-from edadm_compile.passes.trace import MAX_BATCH
+from edadm_compile.passes.capture import MAX_BATCH
 
 
 def is_exported_program(path: Path) -> bool:

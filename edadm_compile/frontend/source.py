@@ -13,7 +13,8 @@ from torch.export import ExportedProgram
 
 from edadm_compile.errors import InputError
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
-from edadm_compile.passes.trace import export_module, pick_tensor, trace
+from edadm_compile.passes.capture import export_module, pick_tensor
+from edadm_compile.passes.trace import trace
 
 
 @dataclass(frozen=True)

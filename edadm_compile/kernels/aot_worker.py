@@ -76,6 +76,7 @@ def describe(metadata: Any, ptx: str, cubin: bytes, log: str) -> dict[str, Any]:
         "num_warps": int(threads[1]) // 32 if threads else metadata.num_warps,
         "registers": int(registers[1]),
         "spills": int(spills[1]) + int(spills[2]),
+        "overlaps": "griddepcontrol.wait" in ptx,
         "params": re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)", entry[2]),
         "data": base64.b64encode(cubin).decode(),
     }

@@ -77,7 +77,7 @@ _CONSTANTS: dict[str, Any] = {
     "LQ": 0, "LK": 0, "HEADS": 0, "D": 0, "Q_BATCH": 0, "Q_ROW": 0, "Q_HEAD": 0, "K_BATCH": 0, "K_ROW": 0, "K_HEAD": 0,
     "V_BATCH": 0, "V_ROW": 0, "V_HEAD": 0, "ZERO_Q": True, "ZERO_K": True, "ZERO_V": True, "P_CODES": False,
     "PMIN": -128, "PMAX": 127, "OUT": True, "OUT_STRIDE": 0, "OUT_Q": False, "OUT_Q_STRIDE": 0, "QMIN": -128,
-    "QMAX": 127, "EXACT": False, "ASM": False,
+    "QMAX": 127, "EXACT": False, "ASM": False, "OVERLAP": False,
 }  # fmt: skip
 
 KERNEL = Kernel(

@@ -21,17 +21,23 @@ from edadm_compile.kernels.registry import Kernel, Values, cdiv
 
 __all__ = ["KERNEL", "MAX_HEAD", "choose", "reference"]
 
+#: Programs that fill a large GPU.
+_FULL = 132
+
 
 def choose(values: Values) -> Tile:
     """A sensible tile: smaller blocks of queries while the GPU is not full."""
     block_d = max(16, 1 << (values["D"] - 1).bit_length())
+    programs = cdiv(values["LQ"], 64) * values["HEADS"] * values["batch"]
+    few = 16 if programs < _FULL // 2 or values["LQ"] <= 16 else 32 if programs < _FULL or values["LQ"] <= 32 else 0
+    if few:  # a program is a chain of steps whatever its height: more of them, of fewer keys blocks
+        warps = 8 if few == 32 and block_d >= 256 else 4
+        return Tile({"BLOCK_Q": few, "BLOCK_KV": 32 if values["LK"] <= 32 else 64}, num_warps=warps, num_stages=2)
     ragged = block_d == 128 and values["LK"] % 64  # masks take the registers that a wider block would need
     block_kv = 32 if block_d >= 256 or ragged or values["LK"] <= 32 else 64
     block_q, warps = (64, 4) if block_d < 256 else (64, 8)
     if block_d <= 64 and cdiv(values["LQ"], 128) * values["HEADS"] * values["batch"] >= 264:
-        block_q, warps = 128, 4
-    if values["LQ"] <= 32:
-        block_q, warps = 32, 4
+        block_q = 128
     return Tile({"BLOCK_Q": block_q, "BLOCK_KV": block_kv}, num_warps=warps, num_stages=2)
 
 
@@ -48,7 +54,7 @@ def reference(tensors: Mapping[str, Tensor], values: Values) -> None:
 _CONSTANTS: dict[str, Any] = {
     "LQ": 0, "LK": 0, "HEADS": 0, "D": 0, "Q_BATCH": 0, "Q_ROW": 0, "Q_HEAD": 0, "K_BATCH": 0, "K_ROW": 0, "K_HEAD": 0,
     "V_BATCH": 0, "V_ROW": 0, "V_HEAD": 0, "SCALE": 1.0, "OUT": True, "OUT_STRIDE": 0, "OUT_Q": False,
-    "OUT_Q_STRIDE": 0, "QMIN": -128, "QMAX": 127, "EXACT": False, "ASM": False,
+    "OUT_Q_STRIDE": 0, "QMIN": -128, "QMAX": 127, "EXACT": False, "ASM": False, "OVERLAP": False,
 }  # fmt: skip
 
 KERNEL = Kernel(

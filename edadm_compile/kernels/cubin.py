@@ -29,6 +29,7 @@ class Cubin:
         spills: bytes of spill stores and loads in the machine code, 0 in a good kernel.
         params: PTX types of the parameters in order. The last ones, beyond the launch's own arguments, are scratch
             pointers of the compiler; nothing is allocated for them and they are passed as null.
+        overlaps: waits for the launches before it by itself, so that it may be enqueued to start early.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Cubin:
     registers: int
     spills: int
     params: tuple[str, ...]
+    overlaps: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the bytes, as JSON values."""
@@ -48,6 +50,7 @@ class Cubin:
             "registers": self.registers,
             "spills": self.spills,
             "params": list(self.params),
+            "overlaps": self.overlaps,
         }
 
     @classmethod
@@ -60,7 +63,8 @@ class Cubin:
         numbers = ("shared", "num_warps", "registers", "spills")
         if (
             not isinstance(value, dict)
-            or set(value) != {"name", "params", *numbers}
+            or set(value) != {"name", "params", "overlaps", *numbers}
+            or type(value["overlaps"]) is not bool
             or not isinstance(value["name"], str)
             or any(type(value[n]) is not int or value[n] < 0 for n in numbers)
             or not isinstance(value["params"], list)

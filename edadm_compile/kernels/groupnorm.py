@@ -132,7 +132,7 @@ def _channels_first(x: Tensor, batch: int, hw: int) -> Tensor:
 _CONSTANTS: dict[str, Any] = {
     "HW": 0, "C": 0, "C2": 0, "X_STRIDE": 0, "X2_STRIDE": 0, "GROUPS": 1, "EPS": 1e-5, "ACT": 0, "OUT": False,
     "OUT_STRIDE": 0, "OUT_Q": True, "OUT_Q_STRIDE": 0, "QMIN": -128, "QMAX": 127, "T": 0, "T2": 0, "MOMENTS": False,
-    "EXACT": False, "ASM": False,
+    "EXACT": False, "ASM": False, "OVERLAP": False,
 }  # fmt: skip
 
 KERNEL = Kernel(

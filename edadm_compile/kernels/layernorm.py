@@ -45,7 +45,7 @@ def reference(tensors: Mapping[str, Tensor], values: Values) -> None:
 
 _CONSTANTS: dict[str, Any] = {
     "C": 0, "X_STRIDE": 0, "EPS": 1e-5, "HAS_WEIGHT": True, "HAS_BIAS": True, "OUT": False, "OUT_STRIDE": 0,
-    "OUT_Q": True, "OUT_Q_STRIDE": 0, "QMIN": -128, "QMAX": 127, "EXACT": False, "ASM": False,
+    "OUT_Q": True, "OUT_Q_STRIDE": 0, "QMIN": -128, "QMAX": 127, "EXACT": False, "ASM": False, "OVERLAP": False,
 }  # fmt: skip
 
 KERNEL = Kernel(

@@ -48,7 +48,7 @@ from edadm_compile.kernels.registry import Kernel, Values, cdiv
 SHARED: dict[str, int | float | bool] = {
     "ROW": False, "ROW_STRIDE": 0, "RESIDUAL": False, "RES_STRIDE": 0, "ACT": 0, "GLU": False,
     "OUT": True, "OUT_STRIDE": 0, "OUT_NCHW": False, "OUT_Q": False, "OUT_Q_STRIDE": 0, "QMIN": -128, "QMAX": 127,
-    "STATS": False, "EXACT": False, "ASM": False, "DOTS": 2,
+    "STATS": False, "EXACT": False, "ASM": False, "OVERLAP": False, "DOTS": 2,
 }  # fmt: skip
 TILE_SIZES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K")
 

@@ -14,7 +14,7 @@ import dataclasses
 
 from edadm_compile.kernels import qconv2d, tiles
 from edadm_compile.kernels.launch import Tile
-from edadm_compile.kernels.registry import Values
+from edadm_compile.kernels.registry import Values, cdiv
 from edadm_compile.kernels.targets import SHARED_LIMIT
 
 KERNEL = dataclasses.replace(
@@ -68,6 +68,7 @@ def supports(values: Values, num_warps: int = 4) -> str:
         "exact requantization": v["EXACT"] and v["OUT_Q"],
         f"{num_warps} warps": num_warps not in (4, 8),
         f"{block_m} rows of weights for {num_warps} warps": block_m % (16 * num_warps) != 0,
+        f"{block_m} rows where the weights end": cdiv(v["O"], block_m) * block_m > tiles.stored_rows(v["O"]),
         f"{block_n} columns": block_n not in (64, 128, 256),
         f"a depth of {block_k}": block_k not in ((64, 128) if v["BITS"] == 4 else (32, 64, 128)),
         "that many accumulators": block_m * block_n > num_warps * (2048 if whole else 4096),

@@ -91,7 +91,7 @@ def _dense(values: Values) -> tuple[int, int, int]:
 
 _CONSTANTS: dict[str, Any] = {
     "X_BATCH": 0, "X_PIXEL": 0, "X_CHANNEL": 1, "HW": 0, "C": 0, "ACT": 0, "OUT": False, "OUT_STRIDE": 0, "OUT_Q": True,
-    "OUT_Q_STRIDE": 0, "TERMS": 1, "QMIN": -128, "QMAX": 127, "EXACT": False, "ASM": False,
+    "OUT_Q_STRIDE": 0, "TERMS": 1, "QMIN": -128, "QMAX": 127, "EXACT": False, "ASM": False, "OVERLAP": False,
 }  # fmt: skip
 
 KERNEL = Kernel(

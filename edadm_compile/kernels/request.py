@@ -16,7 +16,7 @@ import torch
 from edadm_compile.errors import TargetError
 from edadm_compile.kernels.launch import Constant, Launch, LaunchPlan, Operand
 from edadm_compile.kernels.registry import kernel
-from edadm_compile.kernels.targets import GRID_LIMIT, TARGETS
+from edadm_compile.kernels.targets import GRID_LIMIT, OVERLAPPING, TARGETS
 
 #: Triton's names of element types.
 _TYPES = {
@@ -78,7 +78,7 @@ def request_of(launch: Launch, arch: str) -> KernelRequest:
             in Triton.
     """
     found = kernel(launch.kernel)
-    values = found.values(launch)
+    values = {**found.values(launch), "OVERLAP": arch in OVERLAPPING}
     if arch not in TARGETS:
         raise TargetError(f"{launch.layer}: got architecture {arch!r}, allowed {', '.join(TARGETS)}")
     grid = found.grid(values)

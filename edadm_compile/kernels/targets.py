@@ -19,6 +19,8 @@ SHARED_LIMIT = {
 TARGETS = tuple(SHARED_LIMIT)
 #: Compiled for where no GPU is present: A100, L4 and RTX 40, H100 and H200.
 DEFAULT_TARGETS = ("sm_80", "sm_89", "sm_90")
+#: Can set up a launch while the one before it still runs.
+OVERLAPPING = ("sm_90", "sm_100", "sm_120")
 #: Largest register number a thread can have.
 REGISTER_LIMIT = 255
 #: Programs along x, y, z.

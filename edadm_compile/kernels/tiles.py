@@ -54,7 +54,18 @@ _PARTIALS = 0.5
 
 def tile_key(name: str, values: Mapping[str, Any]) -> str:
     """The shape of a launch as text: what a measured table is indexed by."""
-    return " ".join([name.removesuffix("_sm90"), *(f"{k}={int(values[k])}" for k in _KEY if values.get(k))])
+    return " ".join([family(name), *(f"{k}={int(values[k])}" for k in _KEY if values.get(k))])
+
+
+def family(name: str) -> str:
+    """The portable kernel that computes the same: "qconv2d" for "qconv2d_sm90"."""
+    return name.removesuffix("_sm90")
+
+
+def stored_rows(outputs: int) -> int:
+    """Rows of weights in memory, zeros behind the last output: one layout for every tile of up to 128 rows."""
+    block = 128 if outputs > 64 else 64
+    return cdiv(outputs, block) * block
 
 
 def is_asynchronous(tile: Tile) -> bool:

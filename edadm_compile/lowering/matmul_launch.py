@@ -139,7 +139,7 @@ def _finish(
     block_m, block_n, block_k = (tile.sizes[f"BLOCK_{d}"] for d in "MNK")
     rows = round_up(constants["O"], block_m)
     # one weight for every tile of every batch, except that a gate starts where the values of this tile end
-    stored = rows if group.glu else round_up(constants["O"], 128 if constants["O"] > 64 else 64)
+    stored = rows if group.glu else tiles.stored_rows(constants["O"])
     for i, segment in enumerate(segments):
         suffix = "2" if i else ""
         kc = round_up(segment.shapes[0][1], block_k)

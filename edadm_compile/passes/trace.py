@@ -1,113 +1,22 @@
-"""Capture: an eager module or an exported program in, a float program out.
+"""From an exported program to a float program.
 
 Not a `Pass` (its input is not a program); `pipeline` calls it first.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from edadm_compile.errors import CaptureError
 from edadm_compile.ir.dialects import illegal_ops
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program, SamplerSpec, Signature
-
-#: Largest batch tried when capturing with a free batch dimension.
-MAX_BATCH = 1024
-
-
-class CallAdapter(nn.Module):
-    """Calls a model the canonical way, ``(x, t, *conditions)``, and returns the predicted-noise tensor.
-
-    Args:
-        model: the source module.
-        names: forward parameter names of the conditions; x and t are passed by position.
-        fixed: further keyword arguments passed as they are (for example ``return_dict=False``).
-    """
-
-    def __init__(self, model: nn.Module, names: Sequence[str], fixed: dict[str, Any] | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self._names = tuple(names)
-        self._fixed = dict(fixed or {})
-
-    def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        """X [B, ...], t [B], conditions [B, ...] to the prediction [B, ...]."""
-        result = self.model(x, t, **dict(zip(self._names, conditions, strict=True)), **self._fixed)
-        return pick_tensor(result)
-
-
-def pick_tensor(result: Any) -> Tensor:
-    """The prediction in whatever a model returned: a tensor, ``.sample``, or the first of a tuple."""
-    if isinstance(result, Tensor):
-        return result
-    if hasattr(result, "sample"):
-        return pick_tensor(result.sample)
-    if isinstance(result, (tuple, list)) and result:
-        return pick_tensor(result[0])
-    raise CaptureError(
-        f"the model returned {type(result).__name__}; expected a tensor, a tuple, or an object with .sample"
-    )
-
-
-def export_module(model: nn.Module, signature: Signature, fixed: dict[str, Any]) -> tuple[ExportedProgram, Signature]:
-    """Capture an eager module with torch.export, with a free batch dimension where the model allows it.
-
-    Raises:
-        CaptureError: the model cannot be captured; the message quotes torch's reason.
-    """
-    adapter = CallAdapter(model, [spec.name for spec in signature.conditions], fixed).eval()
-    inputs = tuple(torch.zeros((2, *spec.shape), dtype=spec.dtype) for spec in signature.inputs)
-    largest = MAX_BATCH
-    reason = ""
-    for _ in range(3):
-        batch = Dim("batch", min=1, max=largest)
-        # *conditions is one variadic parameter: its dynamic shapes are one tuple, and none at all when it is empty.
-        shapes: tuple[Any, ...] = ({0: batch}, {0: batch})
-        if signature.conditions:
-            shapes += (tuple({0: batch} for _ in signature.conditions),)
-        try:
-            with torch.no_grad():
-                program = torch.export.export(adapter, inputs, dynamic_shapes=shapes, strict=False)
-            return program, replace(signature, max_batch=largest)
-        except Exception as error:  # torch.export raises many types; all mean "not this way"
-            reason = str(error)
-            bound = re.search(r"max\s*=\s*(\d+)", reason)
-            if bound is None or int(bound.group(1)) >= largest:
-                break
-            largest = int(bound.group(1))
-    return _export_fixed(adapter, inputs, signature, reason)
-
-
-def _export_fixed(
-    adapter: nn.Module, inputs: tuple[Tensor, ...], signature: Signature, reason: str
-) -> tuple[ExportedProgram, Signature]:
-    """Fall back to the batch of the example inputs; the signature says so and the engine pads and slices."""
-    batch = inputs[0].shape[0]
-    try:
-        with torch.no_grad():
-            program = torch.export.export(adapter, inputs, strict=False)
-    except Exception as error:
-        raise CaptureError(
-            f"torch.export cannot capture {signature.source or 'the model'}: {_first_lines(str(error))}. "
-            f"Export it yourself with torch.export.export and pass the .pt2 file to see the full report"
-        ) from error
-    told = next(
-        (line.strip(" -") for line in reason.splitlines() if "specialized" in line), reason
-    )  # the sentence that names the cause
-    source = f"{signature.source} [batch fixed at {batch}: {_first_lines(told)}]"
-    return program, replace(signature, max_batch=batch, min_batch=batch, source=source)
-
-
-def _first_lines(text: str, limit: int = 300) -> str:
-    return " ".join(text.split())[:limit]
+from edadm_compile.passes.capture import CallAdapter
 
 
 def trace(

@@ -4,9 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from edadm_compile.kernels import aot
+from edadm_compile.kernels import aot, request
 from edadm_compile.kernels.launch import Launch, LaunchPlan, Operand
-from edadm_compile.kernels.registry import kernel
 from edadm_compile.kernels.targets import arch_of
 from edadm_compile.runtime.engines.cuda_driver import cuda_driver
 from edadm_compile.runtime.engines.cuda_plan import PlanRunner
@@ -23,7 +22,7 @@ def operand_of(role, tensor):
 
 def run_compiled(name, tensors, constants, scalars, tile, *, arch=None, device="cuda", driver=None):
     """Launch a kernel on copies of CPU tensors in place, gaps between their elements included."""
-    constants = {key: value for key, value in constants.items() if key in kernel(name).constants}
+    constants = {key: value for key, value in constants.items() if key in request.kernel(name).constants}
     operands = {role: operand_of(role, tensor) for role, tensor in tensors.items()}
     launch = Launch(name, name, operands, constants, scalars, tile)
     plan = LaunchPlan(arch or arch_of(), 1, torch.float32, (launch,), (), 0, {}, 0, {}, (1,))

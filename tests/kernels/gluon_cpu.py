@@ -12,7 +12,7 @@ import types
 import torch
 
 PACKAGE = "edadm_compile.kernels"
-MODULES = ("triton.weights", "triton.epilogue", "triton.matmul", "gluon.copies", "gluon.matmul", "gluon.epilogue",
+MODULES = ("triton.weights", "triton.epilogue", "triton.overlap", "triton.matmul", "gluon.copies", "gluon.matmul", "gluon.epilogue",
            "gluon.qlinear", "gluon.qconv2d")  # fmt: skip
 UNSIGNED = "uint32"
 

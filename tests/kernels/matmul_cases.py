@@ -144,16 +144,19 @@ def launch(name, tensors, values):
     found.function()[found.grid(values)](*arguments, **named)
 
 
+def copy_of(tensors):
+    """The same, each tensor on a copy of all the memory it lies in."""
+    memory = {}
+    for role, tensor in tensors.items():
+        whole = torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8)
+        whole.untyped_storage().copy_(tensor.untyped_storage())
+        memory[role] = whole.view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
+    return memory
+
+
 def both(name, tensors, values):
     """(tensors after the Triton kernel, tensors after the reference), each on its own memory."""
-    copies = []
-    for _ in range(2):
-        memory = {}
-        for role, tensor in tensors.items():
-            whole = torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8)
-            whole.untyped_storage().copy_(tensor.untyped_storage())
-            memory[role] = whole.view(tensor.dtype).as_strided(tensor.size(), tensor.stride())
-        copies.append(memory)
+    copies = [copy_of(tensors) for _ in range(2)]
     launch(name, copies[0], values)
     kernel(name).reference(copies[1], values)
     return copies

@@ -360,7 +360,7 @@ def test_kernels_survive_json():
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": 3}, {"shared": -1}, {"shared": True}, {"registers": 1.0}, {"params": "u64"}, {"params": [1]}, {"more": 1}]
+    "change", [{"name": 3}, {"shared": -1}, {"shared": True}, {"registers": 1.0}, {"params": "u64"}, {"params": [1]}, {"more": 1}, {"overlaps": 1}]
 )  # fmt: skip
 def test_malformed_kernels_are_refused(change):
     with pytest.raises(ArtifactError, match="malformed"):

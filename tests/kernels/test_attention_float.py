@@ -99,5 +99,15 @@ def test_reference_is_the_library_operator(shape):
 def test_tiles_that_do_not_spill(keys, size, block_kv):
     from edadm_compile.kernels.attention_float import choose
 
-    found = choose({"D": size, "LK": keys, "LQ": 1024, "HEADS": 8, "batch": 1})
+    found = choose({"D": size, "LK": keys, "LQ": 1024, "HEADS": 8, "batch": 8})
     assert isinstance(found, Tile) and found.sizes["BLOCK_KV"] == block_kv
+
+
+def test_few_programs_get_fewer_queries_each():
+    from edadm_compile.kernels.attention_float import choose
+
+    rows = [
+        choose({"D": 256, "LK": 256, "LQ": 256, "HEADS": 1, "batch": batch}).sizes["BLOCK_Q"]
+        for batch in (1, 8, 32, 64)
+    ]
+    assert rows == [16, 16, 32, 64]

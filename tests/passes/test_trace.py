@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from edadm_compile.errors import CaptureError
-from edadm_compile.passes.trace import pick_tensor
+from edadm_compile.passes.capture import pick_tensor
 from tests.graphs import TinyUNet, assert_close, captured, inputs_for, source_of
 
 
@@ -26,6 +26,26 @@ def test_names_are_those_of_the_source():
         n for n in program.graph_module.graph.nodes if n.op == "call_function" and "block1.conv1" in n.meta["scope"]
     )
     assert conv.meta["scope"] == ("block1", "block1.conv1")
+
+
+class _Branching(nn.Module):
+    """Does something else from 64 images on: `above(x * 2)`."""
+
+    def __init__(self, above):
+        super().__init__()
+        self.above = above
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x, t):
+        y = self.conv(x) + t.reshape(-1, 1, 1, 1)
+        return (self.above(y) if x.shape[0] >= 64 else y).relu()
+
+
+def test_a_branch_on_the_batch_that_changes_the_memory_layout_alone_does_not_end_the_range():
+    """As diffusers' upsampling has one at 64."""
+    assert captured(_Branching(lambda y: y.contiguous())).signature.max_batch == 1024
+    assert captured(_Branching(lambda y: y * 2)).signature.max_batch == 63
+    assert captured(_Branching(lambda y: y.abs())).signature.max_batch == 63
 
 
 class _FixedBatch(nn.Module):

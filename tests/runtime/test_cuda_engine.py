@@ -20,6 +20,7 @@ from edadm_compile.lowering.schedule import make_plan as plan_program
 from edadm_compile.runtime.engines import cuda_driver
 from edadm_compile.runtime.engines.cuda import CudaEngine
 from edadm_compile.runtime.engines.cuda_driver import Arguments, CudaDriver
+from edadm_compile.runtime.engines.cuda_plan import may_start_early
 from edadm_compile.runtime.engines.cuda_time import TimeRows
 from tests.graphs import GraphBuilder
 from tests.kernels import double
@@ -105,7 +106,7 @@ class FakeDriver:
         self.loaded.append(cubin.name)
         return cubin
 
-    def launch(self, function, grid, block, shared, stream, arguments):
+    def launch(self, function, grid, block, shared, stream, arguments, early=False):
         if self.broken:
             raise TargetError("gone")
         self.log.append(function.name)
@@ -430,6 +431,32 @@ def test_the_driver_loads_once_and_asks_for_shared_memory(monkeypatch):
     arguments = Arguments([1, -2], ["u64", "u32"])
     driver.launch("function", (1, 2, 3), 128, 64, 99, arguments)
     assert calls[-1] == ("launch", "function", 1, 2, 3, 128, 1, 1, 64, 99, arguments.address, 0)
+
+
+def test_a_launch_that_may_start_early_says_so_to_the_driver(monkeypatch):
+    calls = []
+    api = _api(cuLaunchKernelEx=lambda *a: calls.append(a) or (0,))
+    api.CUlaunchConfig, api.CUstream = SimpleNamespace, lambda handle: ("stream", handle)
+    api.CUlaunchAttribute = lambda: SimpleNamespace(value=SimpleNamespace())
+    api.CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="early")
+    monkeypatch.setattr(cuda_driver.importlib, "import_module", lambda name: api)
+    arguments = Arguments([1], ["u64"])
+    CudaDriver().launch("function", (1, 2, 3), 128, 64, 99, arguments, True)
+    ((config, function, address, extra),) = calls
+    assert (function, address, extra) == ("function", arguments.address, 0)
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (1, 2, 3)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (128, 1, 1)
+    assert (config.sharedMemBytes, config.hStream, config.numAttrs) == (64, ("stream", 99), 1)
+    assert [(a.id, a.value.programmaticStreamSerializationAllowed) for a in config.attrs] == [("early", 1)]
+
+
+def test_only_a_kernel_behind_a_kernel_starts_early():
+    """Both wait by themselves; the first of the conditioning and of the step follow copies, "" is torch."""
+    cubins = {name: Cubin(name, b"\x7fELF", 0, 4, 32, 0, (), name != "old") for name in ("a", "b", "old")}
+    keys = ("a", "b", "a", "", "a", "b", "old", "a", "b")
+    found = may_start_early(keys, cubins, 2)
+    assert found == [False, True, False, False, False, True, False, False, True]
+    assert not any(may_start_early(("old", "old"), cubins, 0))
 
 
 def test_driver_errors_name_the_call(monkeypatch):

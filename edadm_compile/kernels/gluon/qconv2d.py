@@ -9,6 +9,7 @@ from edadm_compile.kernels.gluon.epilogue import finish_tile
 from edadm_compile.kernels.gluon.layouts import copy_layout
 from edadm_compile.kernels.gluon.matmul import accumulate
 from edadm_compile.kernels.triton.matmul import tile_order
+from edadm_compile.kernels.triton.overlap import begin
 
 
 @gluon.jit
@@ -22,7 +23,7 @@ def qconv2d_sm90(
     KC2: gl.constexpr, BITS2: gl.constexpr, ROW: gl.constexpr, ROW_STRIDE: gl.constexpr, RESIDUAL: gl.constexpr,
     RES_STRIDE: gl.constexpr, ACT: gl.constexpr, GLU: gl.constexpr, OUT: gl.constexpr, OUT_STRIDE: gl.constexpr,
     OUT_NCHW: gl.constexpr, OUT_Q: gl.constexpr, OUT_Q_STRIDE: gl.constexpr, QMIN: gl.constexpr, QMAX: gl.constexpr,
-    STATS: gl.constexpr, EXACT: gl.constexpr, ASM: gl.constexpr, DOTS: gl.constexpr, BLOCK_M: gl.constexpr,
+    STATS: gl.constexpr, EXACT: gl.constexpr, ASM: gl.constexpr, OVERLAP: gl.constexpr, DOTS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M output channels x BLOCK_N output pixels."""
@@ -40,6 +41,7 @@ def qconv2d_sm90(
     image = loaded // (OH * OW)
     h0 = loaded % (OH * OW) // OW * STRIDE_H - PAD_T
     w0 = loaded % OW * STRIDE_W - PAD_L  # OW divides OH * OW
+    begin(OVERLAP)
     acc = accumulate(
         x_ptr, pad_ptr, w_ptr, tile_m * BLOCK_M, image, h0, w0, H, W, X_STRIDE, KH, KW, DIL_H, DIL_W, UPSAMPLE, KC,
         BITS, BORDER, ASM, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,

@@ -9,6 +9,7 @@ from edadm_compile.kernels.gluon.epilogue import finish_tile
 from edadm_compile.kernels.gluon.layouts import copy_layout
 from edadm_compile.kernels.gluon.matmul import accumulate
 from edadm_compile.kernels.triton.matmul import tile_order
+from edadm_compile.kernels.triton.overlap import begin
 
 
 @gluon.jit
@@ -20,7 +21,7 @@ def qlinear_sm90(
     ROWS_PER_IMAGE: gl.constexpr, ROW: gl.constexpr, ROW_STRIDE: gl.constexpr, RESIDUAL: gl.constexpr,
     RES_STRIDE: gl.constexpr, ACT: gl.constexpr, GLU: gl.constexpr, OUT: gl.constexpr, OUT_STRIDE: gl.constexpr,
     OUT_NCHW: gl.constexpr, OUT_Q: gl.constexpr, OUT_Q_STRIDE: gl.constexpr, QMIN: gl.constexpr, QMAX: gl.constexpr,
-    STATS: gl.constexpr, EXACT: gl.constexpr, ASM: gl.constexpr, DOTS: gl.constexpr, BLOCK_M: gl.constexpr,
+    STATS: gl.constexpr, EXACT: gl.constexpr, ASM: gl.constexpr, OVERLAP: gl.constexpr, DOTS: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, SPLIT_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M output channels x BLOCK_N rows of the activations."""
@@ -30,6 +31,7 @@ def qlinear_sm90(
     pixel = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copy_layout(BLOCK_K * BITS // 8, WARPS)))
     loaded = gl.minimum(pixel, rows - 1)
     origin = gl.zeros_like(loaded)
+    begin(OVERLAP)
     acc = accumulate(
         x_ptr, None, w_ptr, tile_m * BLOCK_M, loaded, origin, origin, 1, 1, X_STRIDE, 1, 1, 1, 1, 1, KC, BITS,
         False, ASM, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,

@@ -8,6 +8,7 @@ the corrections for the zero points, so that they are added after the conversion
 import triton
 import triton.language as tl
 
+from edadm_compile.kernels.triton.overlap import begin
 from edadm_compile.kernels.triton.rounding import to_codes
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -143,9 +144,11 @@ def attention(
     P_CODES: tl.constexpr, PMIN: tl.constexpr, PMAX: tl.constexpr,
     OUT: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_Q: tl.constexpr, OUT_Q_STRIDE: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one head of one image; see `edadm_compile.kernels.attention`."""
+    begin(OVERLAP)
     BLOCK_D: tl.constexpr = max(32, triton.next_power_of_2(D))
     WHOLE: tl.constexpr = LK // BLOCK_KV * BLOCK_KV  # keys in blocks that need no mask
     image, head = tl.program_id(2).to(tl.int64), tl.program_id(1)

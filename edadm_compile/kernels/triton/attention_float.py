@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from edadm_compile.kernels.triton.attention import LOG2_E, _rows
+from edadm_compile.kernels.triton.overlap import begin
 from edadm_compile.kernels.triton.rounding import to_codes
 
 
@@ -39,9 +40,11 @@ def attention_float(
     SCALE: tl.constexpr,
     OUT: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_Q: tl.constexpr, OUT_Q_STRIDE: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q queries of one head of one image; see `edadm_compile.kernels.attention_float`."""
+    begin(OVERLAP)
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
     # Keys in blocks that need no mask. With few keys a second copy of the step costs more registers than masks do.
     WHOLE: tl.constexpr = LK // BLOCK_KV * BLOCK_KV if LK % BLOCK_KV == 0 or LK >= 16 * BLOCK_KV else 0

@@ -8,6 +8,7 @@ Welford, for single pixels), then over rows, then over the channels of a group; 
 import triton
 import triton.language as tl
 
+from edadm_compile.kernels.triton.overlap import begin
 from edadm_compile.kernels.triton.rounding import activate, inverse_root, silu_of_half, to_codes
 
 
@@ -218,9 +219,11 @@ def groupnorm(
     GROUPS: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, OUT: tl.constexpr, OUT_STRIDE: tl.constexpr,
     OUT_Q: tl.constexpr, OUT_Q_STRIDE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     T: tl.constexpr, T2: tl.constexpr, MOMENTS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """See `edadm_compile.kernels.groupnorm`; grid (pixel blocks, channel blocks, images)."""
+    begin(OVERLAP)
     image = tl.program_id(2).to(tl.int64)
     if MOMENTS:
         _write_moments(x_ptr, stats_ptr, image, HW, C, X_STRIDE, T, BLOCK_P, BLOCK_C)

@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from edadm_compile.kernels.triton.overlap import begin
 from edadm_compile.kernels.triton.rounding import inverse_root, to_codes
 
 
@@ -14,9 +15,11 @@ def layernorm(
     C: tl.constexpr, X_STRIDE: tl.constexpr, EPS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     OUT: tl.constexpr, OUT_STRIDE: tl.constexpr, OUT_Q: tl.constexpr, OUT_Q_STRIDE: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rows [BLOCK_R, C]; mean, then the centred second moment; see `edadm_compile.kernels.layernorm`."""
+    begin(OVERLAP)
     tl.static_assert(BLOCK_C >= C, "a row must fit in a block")
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = tl.arange(0, BLOCK_C)

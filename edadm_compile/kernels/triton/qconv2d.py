@@ -7,6 +7,7 @@ import triton.language as tl
 
 from edadm_compile.kernels.triton.epilogue import combine, finish
 from edadm_compile.kernels.triton.matmul import accumulate, exchange_partials, tile_order
+from edadm_compile.kernels.triton.overlap import begin
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def qconv2d(
     KC2: tl.constexpr, BITS2: tl.constexpr, ROW: tl.constexpr, ROW_STRIDE: tl.constexpr, RESIDUAL: tl.constexpr,
     RES_STRIDE: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, OUT: tl.constexpr, OUT_STRIDE: tl.constexpr,
     OUT_NCHW: tl.constexpr, OUT_Q: tl.constexpr, OUT_Q_STRIDE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    STATS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, DOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    STATS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr, DOTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M output channels x BLOCK_N output pixels."""
@@ -40,6 +41,7 @@ def qconv2d(
     image = loaded // (OH * OW)
     h0 = loaded % (OH * OW) // OW * STRIDE_H - PAD_T
     w0 = loaded % OW * STRIDE_W - PAD_L  # OW divides OH * OW
+    begin(OVERLAP)
     acc, gate = accumulate(
         x_ptr, pad_ptr, w_ptr, rows, image, h0, w0, H, W, X_STRIDE, KH, KW, DIL_H, DIL_W, UPSAMPLE, KC, BITS, BORDER,
         GLU, O_PAD, ASM, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K,

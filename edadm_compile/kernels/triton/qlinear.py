@@ -10,6 +10,7 @@ import triton.language as tl
 
 from edadm_compile.kernels.triton.epilogue import combine, finish
 from edadm_compile.kernels.triton.matmul import accumulate, exchange_partials, tile_order
+from edadm_compile.kernels.triton.overlap import begin
 
 
 @triton.jit
@@ -21,7 +22,7 @@ def qlinear(
     ROWS_PER_IMAGE: tl.constexpr, ROW: tl.constexpr, ROW_STRIDE: tl.constexpr, RESIDUAL: tl.constexpr,
     RES_STRIDE: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, OUT: tl.constexpr, OUT_STRIDE: tl.constexpr,
     OUT_NCHW: tl.constexpr, OUT_Q: tl.constexpr, OUT_Q_STRIDE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    STATS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, DOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    STATS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr, DOTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M output channels x BLOCK_N rows of the activations."""
@@ -33,6 +34,7 @@ def qlinear(
     row = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     loaded = tl.minimum(row, rows - 1)  # the tail reads a real row and is not stored
     origin = tl.zeros_like(loaded)
+    begin(OVERLAP)
     acc, gate = accumulate(
         x_ptr, None, w_ptr, channels, loaded, origin, origin, 1, 1, X_STRIDE, 1, 1, 1, 1, 1, KC, BITS, False,
         GLU, O_PAD, ASM, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K,

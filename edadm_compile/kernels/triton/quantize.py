@@ -4,6 +4,7 @@
 import triton
 import triton.language as tl
 
+from edadm_compile.kernels.triton.overlap import begin
 from edadm_compile.kernels.triton.rounding import activate, to_codes, wide_codes
 
 
@@ -15,9 +16,11 @@ def quantize(
     ACT: tl.constexpr, OUT: tl.constexpr, OUT_STRIDE: tl.constexpr,
     OUT_Q: tl.constexpr, OUT_Q_STRIDE: tl.constexpr, TERMS: tl.constexpr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_P pixels and BLOCK_C channels of one image; see `edadm_compile.kernels.quantize`."""
+    begin(OVERLAP)
     image = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]  # [BLOCK_P, 1]
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]  # [1, BLOCK_C]

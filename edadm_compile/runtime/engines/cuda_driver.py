@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import importlib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 from edadm_compile.errors import TargetError
@@ -43,8 +43,9 @@ class Driver(Protocol):
         """Put a kernel on the current device; returns a handle for `launch`."""
 
     def launch(
-        self, function: Any, grid: tuple[int, int, int], block: int, shared: int, stream: int, arguments: Arguments
-    ) -> None:
+        self, function: Any, grid: tuple[int, int, int], block: int, shared: int, stream: int, arguments: Arguments,
+        early: bool = False,
+    ) -> None:  # fmt: skip
         """Enqueue a kernel.
 
         Args:
@@ -54,6 +55,7 @@ class Driver(Protocol):
             shared: bytes of dynamic shared memory.
             stream: handle of a CUDA stream.
             arguments: kept alive by the caller; read before this returns.
+            early: it may start while the kernel before it on the stream still runs; for kernels that wait themselves.
         """
 
 
@@ -93,10 +95,28 @@ class CudaDriver:
         return self._loaded[key]
 
     def launch(
-        self, function: Any, grid: tuple[int, int, int], block: int, shared: int, stream: int, arguments: Arguments
-    ) -> None:
+        self, function: Any, grid: tuple[int, int, int], block: int, shared: int, stream: int, arguments: Arguments,
+        early: bool = False,
+    ) -> None:  # fmt: skip
         """As `Driver.launch`."""
-        self._call(self._api.cuLaunchKernel, function, *grid, block, 1, 1, shared, stream, arguments.address, 0)
+        if not early:
+            self._call(self._api.cuLaunchKernel, function, *grid, block, 1, 1, shared, stream, arguments.address, 0)
+            return
+        config = self._api.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes, config.hStream = shared, self._api.CUstream(stream)
+        config.attrs, config.numAttrs = [self._early], 1
+        self._call(self._api.cuLaunchKernelEx, config, function, arguments.address, 0)
+
+    @cached_property
+    def _early(self) -> Any:
+        """The launch attribute that lets a kernel start before the one in front of it has ended."""
+        attribute = self._api.CUlaunchAttribute()
+        kinds = self._api.CUlaunchAttributeID
+        attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        return attribute
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         status, *values = function(*arguments)

@@ -21,6 +21,16 @@ from edadm_compile.runtime.engines.cuda_driver import Arguments, Driver
 Step = Callable[[int], None]
 
 
+def may_start_early(keys: Sequence[str], cubins: Mapping[str, Cubin], conditioning: int) -> list[bool]:
+    """For each launch, whether it may be set up while the one before it runs.
+
+    Both have to be kernels that wait by themselves: of three in a row, the third waits for the second, which ends
+    after it has waited for the first. The first launch of a part (conditioning, step) follows copies.
+    """
+    waits = [key != "" and cubins[key].overlaps for key in keys]
+    return [i not in (0, conditioning) and waits[i] and waits[i - 1] for i in range(len(keys))]
+
+
 class PlanRunner:
     """Executes a plan from its static inputs to its static output.
 
@@ -36,9 +46,10 @@ class PlanRunner:
         self, memory: Memory, keys: Sequence[str], cubins: Mapping[str, Cubin], driver: Driver, graphs: bool
     ) -> None:
         self.memory, self.plan = memory, memory.plan
+        early = may_start_early(keys, cubins, self.plan.conditioning)
         self.steps = [
-            self._torch_step(launch) if key == "" else self._step(launch, cubins[key], driver)
-            for launch, key in zip(self.plan.launches, keys, strict=True)
+            self._torch_step(launch) if key == "" else self._step(launch, cubins[key], driver, early[index])
+            for index, (launch, key) in enumerate(zip(self.plan.launches, keys, strict=True))
         ]
         self._graphs = graphs
         self._recorded: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
@@ -83,7 +94,7 @@ class PlanRunner:
         views = {role: self.memory.view(operand) for role, operand in launch.operands.items()}
         return lambda stream: library.run(launch, views)
 
-    def _step(self, launch: Launch, cubin: Cubin, driver: Driver) -> Step:
+    def _step(self, launch: Launch, cubin: Cubin, driver: Driver, early: bool) -> Step:
         found = kernel(launch.kernel)
         values = [self._pointer(launch, role) for role in found.roles if role in launch.operands]
         kinds = [POINTER] * len(values) + [INTEGER] * len(found.scalars)
@@ -97,7 +108,7 @@ class PlanRunner:
             )
         enqueue = partial(driver.launch, driver.load(cubin), found.grid(found.values(launch)), 32 * cubin.num_warps)
         arguments = Arguments([*values, *[0] * scratch], kinds)
-        return lambda stream: enqueue(cubin.shared, stream, arguments)
+        return lambda stream: enqueue(cubin.shared, stream, arguments, early)
 
     def _pointer(self, launch: Launch, role: str) -> int:
         operand = launch.operands[role]
