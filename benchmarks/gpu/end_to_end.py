@@ -36,7 +36,8 @@ _SAMPLER = {
     "beta_schedule": "linear",
     "clip_sample": False,
 }
-_STEPS = 4
+#: Sampling steps and calibration samples: quality means nothing here, and a large UNet takes its time on a CPU.
+_CALIBRATION = {"sd15": (1, 1)}
 _BLOCK, _CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
 CONFIGS: dict[str, dict[str, Any]] = {
     "cifar10": {
@@ -58,7 +59,7 @@ def source(name: str) -> Source:
     """A model of a published configuration with random weights; the same ones every time."""
     torch.manual_seed(0)
     config = CONFIGS[name]
-    sampler = SamplerSpec(_SAMPLER, _STEPS)
+    sampler = SamplerSpec(_SAMPLER, _CALIBRATION.get(name, (4, 4))[0])
     if "cross_attention_dim" not in config:
         return source_from_module(diffusers.UNet2DModel(**config), sampler)
     context = torch.randn(4, 77, config["cross_attention_dim"])
@@ -66,11 +67,13 @@ def source(name: str) -> Source:
     return source_from_module(module, sampler, conditions={"encoder_hidden_states": context})
 
 
-def compile_model(made: Source, output: Path, batches: tuple[int, ...], targets: tuple[str, ...], bits: int) -> float:
+def compile_model(
+    name: str, made: Source, output: Path, batches: tuple[int, ...], targets: tuple[str, ...], bits: int
+) -> float:
     """Compile quickly; returns the seconds it took."""
     start = time.perf_counter()
     config = QuantConfig(
-        bits, 8, method="minmax", calib_samples=4, tdac=TdacConfig(trajectories=1),
+        bits, 8, method="minmax", calib_samples=_CALIBRATION.get(name, (4, 4))[1], tdac=TdacConfig(trajectories=1),
         reconstruction=ReconstructionConfig(iters=0),
     )  # fmt: skip
     result = compile_source(made, config, LineProgress(), quality=False)
@@ -86,30 +89,43 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, default=4, help="of the weights")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--kernels", action="store_true")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it can take minutes)")
-    parser.add_argument("--keep", type=Path, help="keep the compiled file here")
+    parser.add_argument(
+        "--slow", default="torch.compile reduce-overhead fp16,torch.compile fp16",
+        help="baselines that take minutes to be ready, comma-separated; '' for none",
+    )  # fmt: skip
+    parser.add_argument("--keep", type=Path, help="keep the compiled file here; one that is there is not made again")
+    parser.add_argument("--compile-only", metavar="ARCH", help="only make that file, for an architecture; needs no GPU")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
-    name, targets = ("tiny", ()) if args.dry_run else (args.model, (arch_of(0),))
     batches = tuple(int(b) for b in args.batch.split(","))
+    if args.compile_only:
+        if args.keep is None:
+            parser.error("--compile-only needs --keep")
+        compile_model(args.model, source(args.model), args.keep, batches, (args.compile_only,), args.bits)
+        return
+    if args.out is None:
+        parser.error("--out is needed")
+    name, targets = ("tiny", ()) if args.dry_run else (args.model, (arch_of(0),))
     device = pick_device("cpu" if args.dry_run else "cuda")
     made = source(name)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         path = args.keep or Path(folder) / f"{name}.qmod"
-        seconds = compile_model(made, path, batches, targets, args.bits)
-        print(f"compiled in {seconds:.0f} s", flush=True)
+        seconds = None if path.exists() else compile_model(name, made, path, batches, targets, args.bits)
+        print(f"compiled in {seconds} s", flush=True)
         loaded, rounds = read(path), 2 if args.dry_run else args.repeats
         about = {"model": name, "bits": args.bits, "compile_seconds": seconds, "dry_run": args.dry_run}
+        slow = [] if args.dry_run or not args.slow else args.slow.split(",")
         quick = [n for n in BASELINES[device.kind] if "compile" not in n]
         options = bench.Options(batches, rounds, args.kernels, quick)
         result = bench.measure(path, loaded, made, options, device, LineProgress())
         _write(args.out, result | about)
-        if args.no_compile or args.dry_run:
+        if not slow:
             return
-        for i, batch in enumerate(batches):  # torch.compile can take minutes: what is there so far is safe
-            again = bench.measure(path, loaded, made, bench.Options((batch,), rounds), device, LineProgress())
+        for i, batch in enumerate(batches):  # what is there so far is safe
+            options = bench.Options((batch,), rounds, baselines=[*quick, *slow])
+            again = bench.measure(path, loaded, made, options, device, LineProgress())
             result["batches"][i] = again["batches"][0]
             _write(args.out, result | about)
 

@@ -26,6 +26,7 @@ from edadm_compile.driver.single_launch import GpuRunner, ReferenceRunner, Runne
 from edadm_compile.driver.synthetic import Settings, Synthetic
 from edadm_compile.kernels.memory import Memory
 from edadm_compile.kernels.targets import arch_of
+from edadm_compile.lowering import statistics
 
 _ROUNDS = 5
 
@@ -54,7 +55,8 @@ def build(shape: Shape, settings: Settings, bits: int = 8) -> Synthetic:
     if isinstance(shape, Linear):
         return synthetic.linear(settings, shape.rows, shape.channels, shape.outputs, bits)
     if isinstance(shape, Norm):
-        return synthetic.group_norm(settings, shape.channels, shape.pixels, shape.groups)
+        parts = shape.pixels // 128 if shape.channels // shape.groups * shape.pixels > statistics.IN_REGISTERS else 0
+        return synthetic.group_norm(settings, shape.channels, shape.pixels, shape.groups, parts)
     return synthetic.attention(settings, shape.queries, shape.keys, shape.heads, shape.size)
 
 

@@ -108,8 +108,11 @@ BASELINES: dict[str, dict[str, tuple[str, torch.dtype, bool, str]]] = {
         "eager fp16": ("the float model in torch, half precision", torch.float16, False, ""),
         "channels_last fp16": ("the same in channels-last memory format", torch.float16, True, ""),
         "CUDA graph fp16": ("that one replayed as a CUDA graph", torch.float16, True, "graph"),
+        "torch.compile reduce-overhead fp16": (
+            "the same through torch.compile(mode='reduce-overhead'), CUDA graphs on", torch.float16, True, "reduce-overhead",
+        ),
         "torch.compile fp16": (
-            "the same through torch.compile(mode='max-autotune'), CUDA graphs on", torch.float16, True, "compile",
+            "the same through torch.compile(mode='max-autotune'), CUDA graphs on", torch.float16, True, "max-autotune",
         ),
     },
 }  # fmt: skip
@@ -148,18 +151,19 @@ def _baseline(source: Source, device: str, dtype: torch.dtype, last: bool, how: 
         fixed = {name: _moved(value, device, dtype) for name, value in source.fixed.items()}
         if last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        predict = _predictor(module, source, fixed, last, how == "compile")
-        return _Replayed(predict) if how == "graph" else predict
+        if how == "graph":
+            return _Replayed(_predictor(module, source, fixed, last, ""))
+        return _predictor(module, source, fixed, last, how)
 
     return make
 
 
-def _predictor(module: nn.Module, source: Source, fixed: dict[str, Any], last: bool, compiled: bool) -> Predict:
+def _predictor(module: nn.Module, source: Source, fixed: dict[str, Any], last: bool, mode: str) -> Predict:
     names = [spec.name for spec in source.signature.conditions]
-    run: Any = torch.compile(module, mode="max-autotune", dynamic=False) if compiled else module
+    run: Any = torch.compile(module, mode=mode, dynamic=False) if mode else module
 
     def call(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        if compiled:
+        if mode:
             torch.compiler.cudagraph_mark_step_begin()
         if last:
             x = x.contiguous(memory_format=torch.channels_last)

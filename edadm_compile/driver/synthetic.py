@@ -179,8 +179,13 @@ def linear(settings: Settings, rows: int, channels: int, outputs: int, bits: int
     return _matrix(settings, "qlinear", x, (outputs, channels), bits, {"X_STRIDE": pitch}, count)
 
 
-def group_norm(settings: Settings, channels: int, pixels: int, groups: int = 32) -> Synthetic:
-    """Group norm, SiLU and quantization of float16 [B, HW, C]."""
+def group_norm(settings: Settings, channels: int, pixels: int, groups: int = 32, parts: int = 0) -> Synthetic:
+    """Group norm, SiLU and quantization of float16 [B, HW, C].
+
+    Args:
+        parts: statistics come with the input, float32 [B, parts, 2, C], as large maps have them; 0: the launch computes
+            them.
+    """
     build, shape = settings.builder(), (settings.batch, pixels, channels)
     x = _input(shape, contiguous(shape), torch.float16, "x")
     pitch = round_up(channels, ROW_ALIGNMENT)
@@ -189,8 +194,13 @@ def group_norm(settings: Settings, channels: int, pixels: int, groups: int = 32)
         "OUT": settings.outputs == "both", "OUT_STRIDE": channels, "OUT_Q": True, "OUT_Q_STRIDE": pitch, "ASM": bool(settings.arch),
     }  # fmt: skip
     scalars = {"batch": settings.batch}
+    inputs = {"x": x}
+    if parts:
+        statistics = (settings.batch, parts, 2, channels)
+        inputs["stats"] = _input(statistics, contiguous(statistics), torch.float32, "stats")
+        constants["T"] = parts
     operands = {
-        "x": x,
+        **inputs,
         "weight": build.parameter("weight", (channels,), torch.float32),
         "bias": build.parameter("bias", (channels,), torch.float32),
         "post": build.constant(("scale", "zero"), "post", (3,), torch.float32),
@@ -208,7 +218,7 @@ def group_norm(settings: Settings, channels: int, pixels: int, groups: int = 32)
         "bias": 0.1 * torch.randn(channels, generator=generator),
         "scale": torch.tensor(1 / 32), "zero": torch.tensor(-100.0),
     }  # fmt: skip
-    return Synthetic(_plan(build, {"x": x}), tensors)
+    return Synthetic(_plan(build, inputs), tensors)
 
 
 def attention(settings: Settings, queries: int, keys: int, heads: int, size: int) -> Synthetic:

@@ -18,7 +18,7 @@ from edadm_compile.driver.tune_search import Found, Shape, key_of, search, shape
 from edadm_compile.errors import TargetError
 from edadm_compile.ir.program import Program, get_constant
 from edadm_compile.kernels import execute
-from edadm_compile.kernels.launch import LaunchPlan
+from edadm_compile.kernels.launch import LaunchPlan, Tile
 from edadm_compile.kernels.memory import Memory
 from edadm_compile.kernels.request import triton_version
 from edadm_compile.kernels.targets import TARGETS, arch_of
@@ -179,13 +179,27 @@ def to_table(arch: str, shapes: Sequence[Shape], found: Found) -> dict[str, Any]
     counts = {shape.key: shape.count for shape in shapes}
     return {
         "arch": arch, "gpu": "", "triton": triton_version(),
-        "tiles": {key: {**asdict(tile), "sizes": dict(tile.sizes)} for key, tile in sorted(chosen.items())},
+        "tiles": {key: _plain(tile) for key, tile in sorted(chosen.items())},
         "microseconds": dict(sorted(times.items())),
         "step_microseconds": {
             name: sum(counts[key] * value[name] for key, value in times.items()) for name in ("built_in", "best")
         },
-        "rejected": found.rejected, "untried": found.untried, "stopped": found.stopped,
+        "candidates": _candidates(shapes, found), "rejected": found.rejected, "untried": found.untried, "stopped": found.stopped,
     }  # fmt: skip
+
+
+def _candidates(shapes: Sequence[Shape], found: Found) -> dict[str, list[dict[str, Any]]]:
+    """Every tile that was timed, by key, the fastest first."""
+    result = {}
+    for shape in shapes:
+        times = sorted(found.times.get(shape.key, {}).items(), key=lambda item: item[1])
+        if times:
+            result[shape.key] = [{"us": us, **_plain(shape.tile(index))} for index, us in times]
+    return result
+
+
+def _plain(tile: Tile) -> dict[str, Any]:
+    return {**asdict(tile), "sizes": dict(tile.sizes)}
 
 
 def finish(

@@ -20,6 +20,8 @@ from edadm_compile.passes.base import Progress
 TUNED = ("qconv2d", "qlinear", "qconv2d_sm90", "qlinear_sm90")
 #: Candidates of the cost model, and how many of the best are tried with other pipeline depths too.
 CANDIDATES, DEEP = 9, 2
+#: How many of the best are tried with longer K steps.
+DEEPER = 4
 #: Microseconds of one plan of one launch; `TargetError` for one that cannot run or computes something else.
 Measure = Callable[[LaunchPlan], float]
 
@@ -75,8 +77,9 @@ def shortlist(launch: Launch, arch: str) -> list[Tile]:
     deep = [replace(tile, num_stages=stages) for tile in ranked[:DEEP] for stages in (2, 3, 4)]
     found: list[Tile] = []
     asynchronous = qconv2d_sm90.candidates(values) if arch == "sm_90" else []
-    for tile in (launch.tile, *ranked, *asynchronous, *deep):
-        if tile not in found:
+    longer = [tiles.deeper(values, tile, arch) for tile in ranked[:DEEPER]]
+    for tile in (launch.tile, *ranked, *asynchronous, *deep, *longer):
+        if tile is not None and tile not in found:
             found.append(tile)
     return found
 

@@ -68,7 +68,7 @@ def weight(
         shapes: their logical shapes [O, C, kh, kw] or [O, C], equal but for O.
         rows: outputs are padded to a multiple of it (BLOCK_M), with `glu` each half of them.
         channels: KC, to which every tap's channels are padded; a multiple of `block`.
-        block: BLOCK_K of the kernel.
+        block: BLOCK_K of the kernel; 8-bit codes lie in order whatever it is.
 
     Returns:
         int8 [O_pad, taps * KC], or for int4 uint8 of half the width (`interleave`).

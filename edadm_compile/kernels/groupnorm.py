@@ -28,7 +28,9 @@ from edadm_compile.kernels.quantize import activation, write_codes
 from edadm_compile.kernels.registry import Kernel, Values, cdiv
 
 #: Programs below which most of a large GPU is idle.
-_WAVE = 100
+_WAVE = 132
+#: Blocks of pixels in a row that one program takes at most.
+_MOST_STEPS = 32
 
 
 def _next_power_of_2(n: int) -> int:
@@ -77,9 +79,10 @@ def _choose_given(values: Values) -> Tile:
     fits = [n for n in (128, 64, 32) if all(s % n == 0 for s in sources)]
     block_c = fits[0] if fits else min(64, _next_power_of_2(max(sources)))
     block_p = max(1, min(_next_power_of_2(hw), 4096 // block_c))
-    # every program reads T partials: four times as many pixels keep that below the data itself, if enough programs remain
+    # every program reads T partials of all groups it touches, often more than a block of pixels: as many blocks in a
+    # row as leave two programs for each multiprocessor
     blocks = sum(cdiv(s, block_c) for s in sources) * values["batch"]
-    steps = max(1, min(cdiv(4 * max(values["T"], values["T2"]), block_p), cdiv(hw, block_p) * blocks // _WAVE))
+    steps = max(1, min(_MOST_STEPS, cdiv(hw, block_p), cdiv(hw, block_p) * blocks // (2 * _WAVE)))
     sizes = {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_G": touched_groups(c, c2, values["GROUPS"], block_c)}
     return Tile({**sizes, "STEPS": steps}, num_warps=8 if block_p * block_c >= 4096 else 4, num_stages=1)
 
@@ -103,7 +106,7 @@ def reference(tensors: Mapping[str, Tensor], values: Values) -> None:
     """The launch in torch, in place: the operators of the reference engine; given statistics are ignored."""
     hw, batch = values["HW"], values["batch"]
     if values["MOMENTS"]:
-        _write_moments(tensors["x"].float().reshape(batch, values["T"], hw // values["T"], -1), tensors["stats"])
+        write_moments(tensors["x"].float().reshape(batch, values["T"], hw // values["T"], -1), tensors["stats"])
         return
     x = torch.cat(
         [_channels_first(tensors[name], batch, hw) for name in ("x", "x2") if tensors.get(name) is not None], 1
@@ -118,7 +121,7 @@ def reference(tensors: Mapping[str, Tensor], values: Values) -> None:
         write_codes(tensors["out_q"], result, tensors["post"], values)
 
 
-def _write_moments(x: Tensor, stats: Tensor) -> None:
+def write_moments(x: Tensor, stats: Tensor) -> None:
     """Mean and M2 over the pixels of x [B, T, pixels, C] into stats [B, T, 2, C]."""
     mean = x.mean(dim=2)
     stats.copy_(torch.stack((mean, (x - mean[:, :, None]).square().sum(dim=2)), dim=2).reshape(stats.shape))

@@ -136,6 +136,19 @@ def candidates(values: Mapping[str, Any], arch: str) -> list[Tile]:
     return found
 
 
+def deeper(values: Mapping[str, Any], tile: Tile, arch: str) -> Tile | None:
+    """The same tile with K steps of 256, for `tune`: half as many waits where the product itself is short.
+
+    Only where the channels fill them, with 8-bit weights (whose layout does not depend on the depth).
+    """
+    sizes = {**tile.sizes, "BLOCK_K": 256}
+    one = values["BITS"] == 8 and values["SEGMENTS"] == 1 and not values["GLU"] and not is_asynchronous(tile)
+    if not one or values["C"] % 256 or sizes["SPLIT_K"] * 2 > _steps(values, 256):
+        return None
+    block_m, block_n = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    return Tile(sizes, tile.num_warps, _stages(values, block_m, block_n, 256, arch))
+
+
 def _compiles_well(values: Mapping[str, Any], block_m: int, block_n: int, block_k: int, warps: int, arch: str) -> bool:
     """Whether a tile compiles without spills and byte-wise loads: found by compiling for all architectures."""
     extras = sum(bool(values[name]) for name in ("ROW", "RESIDUAL", "ACT", "STATS"))

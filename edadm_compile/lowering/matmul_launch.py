@@ -149,7 +149,7 @@ def _finish(
         four = segment.bits == 4
         operands[f"w{suffix}"] = build.constant(
             segment.weights, "weight", (both, taps * kc // (2 if four else 1)), torch.uint8 if four else torch.int8,
-            bits=segment.bits, shapes=[list(s) for s in segment.shapes], rows=stored if not group.glu else block_m, channels=kc, block=block_k, glu=group.glu,
+            bits=segment.bits, shapes=[list(s) for s in segment.shapes], rows=stored if not group.glu else block_m, channels=kc, block=block_k if four else 0, glu=group.glu,
         )  # fmt: skip
         operands[f"multiplier{suffix}"] = build.constant(
             segment.multipliers, "vector", (both,), torch.float32, length=stored, glu=group.glu, factor=segment.factor

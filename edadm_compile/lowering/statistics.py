@@ -18,7 +18,7 @@ from edadm_compile.kernels.registry import kernel
 from edadm_compile.lowering.builder import Builder
 
 #: Elements of one group that a program keeps in registers between its two passes.
-_IN_REGISTERS = 8192
+IN_REGISTERS = 8192
 #: More partial results than this per image cost more to merge than the second pass.
 _MOST_TILES = 128
 
@@ -34,7 +34,7 @@ def attach(build: Builder) -> int:
 
 def _is_large(launch: Launch) -> bool:
     c = launch.constants
-    return int(c["HW"]) * (int(c["C"]) + int(c["C2"])) // int(c["GROUPS"]) > _IN_REGISTERS
+    return int(c["HW"]) * (int(c["C"]) + int(c["C2"])) // int(c["GROUPS"]) > IN_REGISTERS
 
 
 def _attach(build: Builder, index: int, launch: Launch) -> bool:

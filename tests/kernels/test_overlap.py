@@ -44,7 +44,7 @@ def test_nothing_is_read_or_written_before_the_wait(name, path):
     waits = [i for i, op in enumerate(code) if op.startswith("ACQBULK")]
     touches = [i for i, op in enumerate(code) if GLOBAL.match(op)]
     assert cubin.overlaps and len(waits) == 1 and touches and waits[0] < touches[0]
-    assert any(op.startswith("PREEXIT") for op in code[: waits[0]])
+    assert [i > waits[0] for i, op in enumerate(code) if op.startswith("PREEXIT")] == [True]
 
 
 def test_architectures_without_it_get_neither():

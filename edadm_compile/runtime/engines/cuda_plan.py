@@ -21,6 +21,11 @@ from edadm_compile.runtime.engines.cuda_driver import Arguments, Driver
 Step = Callable[[int], None]
 
 
+#: Whether kernels are enqueued to overlap. Measured on an H200 with the step of the CIFAR-10 UNet in a CUDA graph, it
+#: costs time (``benchmarks/results/h200``), so it is off.
+START_EARLY = False
+
+
 def may_start_early(keys: Sequence[str], cubins: Mapping[str, Cubin], conditioning: int) -> list[bool]:
     """For each launch, whether it may be set up while the one before it runs.
 
@@ -46,7 +51,7 @@ class PlanRunner:
         self, memory: Memory, keys: Sequence[str], cubins: Mapping[str, Cubin], driver: Driver, graphs: bool
     ) -> None:
         self.memory, self.plan = memory, memory.plan
-        early = may_start_early(keys, cubins, self.plan.conditioning)
+        early = [START_EARLY and can for can in may_start_early(keys, cubins, self.plan.conditioning)]
         self.steps = [
             self._torch_step(launch) if key == "" else self._step(launch, cubins[key], driver, early[index])
             for index, (launch, key) in enumerate(zip(self.plan.launches, keys, strict=True))
