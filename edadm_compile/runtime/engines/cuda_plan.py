@@ -21,8 +21,9 @@ from edadm_compile.runtime.engines.cuda_driver import Arguments, Driver
 Step = Callable[[int], None]
 
 
-#: Whether kernels are enqueued to overlap. Measured on an H200 with the step of the CIFAR-10 UNet in a CUDA graph, it
-#: costs time (``benchmarks/results/h200``), so it is off.
+#: Whether kernels are enqueued to overlap. On an H200 the CIFAR-10 UNet's step took 4 to 19 % longer with it, when
+#: kernels let the next one in before their own wait (``benchmarks/results/h200/early_launches.txt``); as they do now,
+#: behind it, it has not been measured. Until it is shown to pay it is off.
 START_EARLY = False
 
 
