@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edadm_compile.driver.export_following import Following, signed_codes
 from edadm_compile.evaluate.metrics import sqnr
 from edadm_compile.export.convert import OUTPUT, Exported, ExportedLayer
 from edadm_compile.export.files import save
@@ -50,8 +51,12 @@ class Check:
         """
         with tempfile.TemporaryDirectory(prefix="edadm-") as folder:
             optimized, values = self._run_all(Path(folder))
+        between = Following(self.exported, values, layers_too=not self.exported.target.output_codes)
+        behind = between.run(self._inputs())
         found = [self._row(layer, optimized, values) for layer in self.exported.layers]
         rows = [r for r in found if r is not None]
+        for row in rows:
+            _add_distances(row, between)
         prediction = torch.from_numpy(values[OUTPUT])
         reference = ReferenceEngine(self.lowered)(*self.inputs)
         return {
@@ -60,6 +65,7 @@ class Check:
             "layers": rows,
             "end_to_end": self._ends(prediction, reference),
             "broken": [f"layer {r['layer']}: {r['failure']}" for r in rows if r["failure"]]
+            + ([f"the prediction: {behind.failure}"] if behind.failure else [])
             + [f"{name} multiplies types that have no fast kernel" for name in self._slow(optimized)],
         }
 
@@ -81,12 +87,16 @@ class Check:
         save_probed(self.exported, probed)
         session = make_session(probed, torch.get_num_threads())
         specs = self.exported.prepared.signature.inputs
-        feeds = {s.name: v.to(s.dtype).numpy() for s, v in zip(specs, self.inputs, strict=True)}
+        feeds = {s.name: v.numpy() for s, v in zip(specs, self._inputs(), strict=True)}
         if not session.get_inputs()[1].shape:  # a scalar timestep: all states must share one then
             feeds[specs[1].name] = feeds[specs[1].name][:1].reshape(())
         found = session.run(None, feeds)
         names = [o.name for o in session.get_outputs()]
         return read_optimized(folder / "optimized.onnx"), dict(zip(names, found, strict=True))
+
+    def _inputs(self) -> list[Tensor]:
+        """`inputs` in the types of the captured model: samplers hand integers to models of continuous time too."""
+        return [v.to(s.dtype) for s, v in zip(self.exported.prepared.signature.inputs, self.inputs, strict=True)]
 
     def _row(self, layer: ExportedLayer, optimized: OptimizedGraph, values: dict[str, Any]) -> dict[str, Any] | None:
         if not layer.products and layer.info.kind != "attention":
@@ -96,7 +106,7 @@ class Check:
         row: dict[str, Any] = {
             "layer": layer.info.name, "kind": layer.info.kind, "weights": layer.info.weight_bits,
             "operators": operators, "integer": integer, "why": "" if integer else self._why(layer, operators),
-            "output": "codes" if layer.quantizer is not None else "float", "error": None, "failure": "",
+            "output": "codes" if layer.quantizer is not None else "float", "input_error": None, "error": None, "failure": "",
         }  # fmt: skip
         if layer.output is not None and self.exported.target.output_codes:
             row |= self._compare(layer, values)
@@ -112,7 +122,7 @@ class Check:
 
     def _compare(self, layer: ExportedLayer, values: dict[str, Any]) -> dict[str, Any]:
         assert layer.output is not None
-        codes = [self._codes(v.name, values) for v in layer.codes]
+        codes = [signed_codes(values[str(v.name)]) for v in layer.codes]
         truth = (
             _product(self.exported.prepared, layer, codes) if layer.info.kind == "matmul" else self._layer(layer, codes)
         )
@@ -126,7 +136,7 @@ class Check:
         wanted = self._quantized(layer.quantizer, truth).int()
         if layer.pixels is not None:
             wanted = torch.nn.functional.pad(torch.pixel_shuffle(wanted, 2), [-1, -1, -1, -1])
-        steps = (self._codes(layer.output.name, values).int() - wanted).abs()
+        steps = (signed_codes(values[str(layer.output.name)]).int() - wanted).abs()
         most = int(steps.max())
         failure = "" if most <= CODE_STEPS else f"output codes differ by up to {most} steps"
         return {"error": most, "differing_share": float((steps > 0).float().mean()), "failure": failure}
@@ -140,11 +150,6 @@ class Check:
         """What one unit of a layer's int32 sums is worth: the largest ``s_x s_w``."""
         multiplier = self._twin(layer).args[2]
         return float(get_constant(self.lowered.graph_module, str(multiplier.target)).max())  # type: ignore[union-attr]
-
-    def _codes(self, name: Any, values: dict[str, Any]) -> Tensor:
-        """Codes as in the program: signed."""
-        found = torch.from_numpy(values[name])
-        return found if found.dtype == torch.int8 else (found.to(torch.int16) - 128).to(torch.int8)
 
     def _layer(self, layer: ExportedLayer, codes: list[Tensor]) -> Tensor:
         """Float result of the reference kernel on the codes that ONNX Runtime had."""
@@ -172,6 +177,17 @@ def _product(prepared: Program, layer: ExportedLayer, codes: list[Tensor]) -> Te
         scale, zero = (get_constant(module, str(a.target)).double() for a in dequantize.args[1:3])  # type: ignore
         terms.append((value.double() - zero) * scale)
     return (terms[0] @ terms[1]).float()
+
+
+def _add_distances(row: dict[str, Any], between: Following) -> None:
+    """Put what following the program has found about a layer into its row; what is in front of it comes first."""
+    name = row["layer"]
+    if name in between.inputs:
+        row["input_error"] = between.inputs[name].error
+    if name in between.outputs:
+        row["error"] = between.outputs[name].error
+    found = [d[name].failure for d in (between.inputs, between.outputs) if name in d]
+    row["failure"] = "; ".join(f for f in (*found, row["failure"]) if f)
 
 
 def _operator(name: str, optimized: OptimizedGraph) -> str:
