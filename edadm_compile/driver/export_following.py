@@ -19,7 +19,7 @@ from edadm_compile.export.convert import OUTPUT, Exported, ExportedLayer
 from edadm_compile.ir.execute import evaluate
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import get_constant
-from edadm_compile.ir.quantizers import QUANTIZE
+from edadm_compile.ir.quantizers import DEQUANTIZE, QUANTIZE
 from edadm_compile.quant.spec import act_spec
 
 #: What float32 operators in another order may differ by, of a tensor's largest value; 5e-7 was measured.
@@ -118,7 +118,7 @@ class Following:
         name = op_name(node.target) if node.op == "call_function" else ""
         if name == QUANTIZE:
             return self._position(node)
-        if name == "edadm.dequantize.default":
+        if name == DEQUANTIZE:
             codes: Any = node.args[0]
             return evaluate(self._module, node, {**self._constants(node), codes: self._values[codes].round()})
         value = evaluate(self._module, node, self._values)

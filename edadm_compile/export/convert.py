@@ -16,13 +16,13 @@ from edadm_compile.export.builder import DTYPES, Builder
 from edadm_compile.export.operators import FLOAT_TABLE, codes, layers
 from edadm_compile.export.operators.layers import absorbed_padding
 from edadm_compile.export.operators.phases import pixels_behind
-from edadm_compile.export.prepare import DEQUANTIZE, is_integer_layer, prepare, two_sizes
+from edadm_compile.export.prepare import is_integer_layer, prepare, two_sizes
 from edadm_compile.export.scope import Dim, Emitted, Emitter, Scope
 from edadm_compile.export.targets import OnnxTarget
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.output_codes import writes_codes
 from edadm_compile.ir.program import InputSpec, LayerInfo, Program, layer_of, placeholders
-from edadm_compile.ir.quantizers import QUANTIZE
+from edadm_compile.ir.quantizers import DEQUANTIZE, QUANTIZE
 
 #: INT4 constants need opset 21; nothing newer is used.
 OPSET, IR_VERSION = 21, 10
