@@ -61,6 +61,7 @@ def run(
     _need_packages(check)
     from edadm_compile.export import files
     from edadm_compile.export.convert import convert, describe
+    from edadm_compile.export.stored import stored_weights
     from edadm_compile.export.targets import target
 
     progress = progress or Silent()
@@ -82,7 +83,7 @@ def run(
     describe(exported.model, **facts)
     result: dict[str, Any] = {
         "output": str(path), "target": onnx_target, "what": exported.target.what, "int4": int4,
-        "output_scales": facts["output_scales"], "weights": _weights(exported), "notes": _notes(exported.prepared, onnx_target), "check": None,
+        "output_scales": facts["output_scales"], "weights": stored_weights(exported), "notes": _notes(exported.prepared, onnx_target), "check": None,
     }  # fmt: skip
     if check:
         progress.stage("ONNX Runtime", None)
@@ -102,21 +103,6 @@ def run(
 def export_onnx(artifact: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
     """Export a ``.qmod`` file to ONNX; arguments, result and errors as of `run`."""
     return run(Path(artifact), Path(output), **options)
-
-
-def _weights(exported: Any) -> dict[str, Any]:
-    """Stored weights of quantized layers: codes, scales and zero points, against float32."""
-    constants = exported.model.graph.initializers
-    layers = {"int4": 0, "int8": 0}
-    stored = float32 = 0
-    for name in {product for layer in exported.layers for product in layer.products}:
-        if (codes := constants.get(f"{name}.weight_q")) is None:
-            continue  # a float layer, or a product of two activations
-        channels = constants[f"{name}.weight_scale"].const_value.size
-        layers["int4" if codes.const_value.dtype.name == "INT4" else "int8"] += 1
-        stored += codes.const_value.nbytes + 5 * channels
-        float32 += 4 * codes.const_value.size
-    return {"layers": layers, "bytes": stored, "float32_bytes": float32, "ratio": round(stored / max(float32, 1), 4)}
 
 
 def _need_packages(check: bool) -> None:

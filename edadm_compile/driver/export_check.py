@@ -191,9 +191,10 @@ def _add_distances(row: dict[str, Any], between: Following) -> None:
 
 
 def _operator(name: str, optimized: OptimizedGraph) -> str:
-    """Operator of a node, also where fusions appended to its name."""
-    if name in optimized.operators:
-        return optimized.operators[name]
+    """Operator of a node, also where fusions, or the layout of float convolutions, appended to its name."""
+    for known in (name, f"{name}_nchwc"):
+        if known in optimized.operators:
+            return optimized.operators[known]
     return next((op for found, op in optimized.operators.items() if found.startswith(f"{name}/")), "fused away")
 
 

@@ -20,6 +20,7 @@ from edadm_compile.ir.execute import evaluate
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import get_constant
 from edadm_compile.ir.quantizers import DEQUANTIZE, QUANTIZE
+from edadm_compile.quant import affine
 from edadm_compile.quant.spec import act_spec
 
 #: What float32 operators in another order may differ by, of a tensor's largest value; 5e-7 was measured.
@@ -119,8 +120,8 @@ class Following:
         if name == QUANTIZE:
             return self._position(node)
         if name == DEQUANTIZE:
-            codes: Any = node.args[0]
-            return evaluate(self._module, node, {**self._constants(node), codes: self._values[codes].round()})
+            codes, scale, zero = (self._values[n] for n in node.args)  # type: ignore[index]
+            return affine.dequantize(codes.round().float(), scale, zero)
         value = evaluate(self._module, node, self._values)
         if isinstance(value, Tensor):
             if value.dtype in _COARSE:
@@ -129,16 +130,14 @@ class Following:
                 self._reach[node] = self._reach[node.all_input_nodes[0]]
         return value
 
-    def _constants(self, node: fx.Node) -> dict[fx.Node, Any]:
-        return {n: self._values[n] for n in node.all_input_nodes}
-
     def _position(self, node: fx.Node) -> Tensor:
         """Where a value lies among the codes, float64."""
         source, scale, zero = (self._values[n] for n in node.args[:3])  # type: ignore[index]
         position = source.double() / scale.double() + zero.double()
         self._reach[node] = float(position.abs().max())
         spec = act_spec(int(node.args[3]), bool(node.args[4]))  # type: ignore[arg-type]
-        return position.clamp(spec.qmin, spec.qmax)
+        clipped: Tensor = position.clamp(spec.qmin, spec.qmax)
+        return clipped
 
     def _visit(self, node: fx.Node) -> None:
         """Compare where something is known, and go on with what ONNX Runtime has."""

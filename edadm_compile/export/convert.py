@@ -95,6 +95,7 @@ def convert(program: Program, target: OnnxTarget, *, int4: bool = False, scalar_
     prepared = prepare(program, target)
     table = emitters()
     builder = Builder()
+    builder.unique(OUTPUT)  # whatever layers and inputs are called
     signature = prepared.signature
     fixed = signature.min_batch if signature.min_batch == signature.max_batch else None
     inputs = [_input(builder, spec, fixed, scalar_time) for spec in signature.inputs]
