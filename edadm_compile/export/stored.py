@@ -31,7 +31,9 @@ def stored_weights(exported: Exported) -> dict[str, Any]:
             assert codes.const_value is not None and scale.const_value is not None
             float32 += 4 * codes.const_value.size
             sizes[str(codes.name)] = codes.const_value.nbytes
-            sizes[f"{codes.name} by {scale.name}"] = 5 * scale.const_value.size  # a float32 scale and an int8 zero point
+            sizes[f"{codes.name} by {scale.name}"] = (
+                5 * scale.const_value.size
+            )  # a float32 scale and an int8 zero point
     stored = sum(sizes.values())
     return {"layers": layers, "bytes": stored, "float32_bytes": float32, "ratio": round(stored / max(float32, 1), 4)}
 
@@ -59,6 +61,7 @@ _BETWEEN = ("DequantizeLinear", "Transpose", "Reshape")
 
 
 def _uncast(value: ir.Value | None) -> ir.Value | None:
-    """The INT4 constant behind a Cast to INT8."""
-    producer = None if value is None else value.producer()
-    return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+    """The INT4 constant behind its Cast to INT8, and the factor that there may be."""
+    while value is not None and (producer := value.producer()) is not None and producer.op_type in ("Cast", "Mul"):
+        value = producer.inputs[0]
+    return value
