@@ -76,8 +76,9 @@ def run(
     exported = convert(loaded.qdq, target(onnx_target), int4=int4, scalar_time=layout == "diffusers")
     settings = loaded.manifest["config"]
     trained = settings.get("deploy") == "onnxruntime"
+    scales = "in the reconstruction" if trained else "calibrated afterwards"
     facts = {
-        "target": onnx_target, "output_scales": "in the reconstruction" if trained else "calibrated afterwards",
+        "target": onnx_target, "output_scales": scales if exported.target.output_codes else "none, outputs are float",
         "sampler": vars(loaded.lowered.sampler), "source": loaded.manifest.get("source", {}).get("sha256", ""),
     }  # fmt: skip
     describe(exported.model, **facts)

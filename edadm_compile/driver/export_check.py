@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.driver.export_following import Following, signed_codes
+from edadm_compile.driver.export_probing import Probed, other_timestep
 from edadm_compile.evaluate.metrics import sqnr
 from edadm_compile.export.convert import OUTPUT, Exported, ExportedLayer
-from edadm_compile.export.files import save
-from edadm_compile.export.optimized import INTEGER_OPS, OptimizedGraph, read_optimized
-from edadm_compile.export.probes import save_probed
+from edadm_compile.export.optimized import INTEGER_OPS, OptimizedGraph
 from edadm_compile.export.targets import OnnxTarget
 from edadm_compile.ir.program import Program, get_constant, layer_of
 from edadm_compile.quant import affine
 from edadm_compile.quant.spec import act_spec
-from edadm_compile.runtime.engines.onnxruntime import make_session
 from edadm_compile.runtime.engines.reference import ReferenceEngine
 
 #: Largest difference of output codes, and of float outputs relative to the largest value of the layer's output.
 CODE_STEPS, FLOAT_ERROR = 1, 2.0**-18
+#: Further relative difference in a float time path: the sine of a thousand radians has ten bits less than its argument.
+SINES = 2.0**-13
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Check:
             all layers agree.
         """
         with tempfile.TemporaryDirectory(prefix="edadm-") as folder:
-            optimized, values = self._run_all(Path(folder))
+            probed = Probed(self.exported, Path(folder))
+            values, elsewhere = probed.run(self._inputs()), self._elsewhere(probed)
+        optimized = probed.optimized
         between = Following(self.exported, values, layers_too=not self.exported.target.output_codes)
         behind = between.run(self._inputs())
         found = [self._row(layer, optimized, values) for layer in self.exported.layers]
@@ -66,8 +68,22 @@ class Check:
             "end_to_end": self._ends(prediction, reference),
             "broken": [f"layer {r['layer']}: {r['failure']}" for r in rows if r["failure"]]
             + ([f"the prediction: {behind.failure}"] if behind.failure else [])
+            + elsewhere
             + [f"{name} multiplies types that have no fast kernel" for name in self._slow(optimized)],
         }
+
+    def _elsewhere(self, probed: Probed) -> list[str]:
+        """What is wrong at a timestep that is not in the tables, for which the graph has another branch."""
+        t = other_timestep(self.exported.prepared)
+        if t is None:
+            return []
+        signature = self.exported.prepared.signature
+        images = signature.min_batch if signature.min_batch == signature.max_batch else 1
+        inputs = [v[:images].clone() for v in self._inputs()]
+        inputs[1] = torch.full_like(inputs[1], t)
+        between = Following(self.exported, probed.run(inputs), further=SINES)
+        failures = {"the prediction": between.run(inputs)} | {f"layer {n}": d for n, d in between.inputs.items()}
+        return [f"{where} at timestep {t:g}: {d.failure}" for where, d in failures.items() if d.failure]
 
     def _ends(self, prediction: Tensor, reference: Tensor) -> dict[str, float | None]:
         return {
@@ -78,21 +94,6 @@ class Check:
 
     def _slow(self, optimized: OptimizedGraph) -> tuple[str, ...]:
         return optimized.slow if self.exported.target.name == "cpu" else ()
-
-    def _run_all(self, folder: Path) -> tuple[OptimizedGraph, dict[str, Any]]:
-        """The optimized graph, and the values at the borders of all layers by name."""
-        plain, probed = folder / "plain.onnx", folder / "probed.onnx"
-        save(self.exported.model, plain)
-        make_session(plain, 1, optimized=folder / "optimized.onnx")
-        save_probed(self.exported, probed)
-        session = make_session(probed, torch.get_num_threads())
-        specs = self.exported.prepared.signature.inputs
-        feeds = {s.name: v.numpy() for s, v in zip(specs, self._inputs(), strict=True)}
-        if not session.get_inputs()[1].shape:  # a scalar timestep: all states must share one then
-            feeds[specs[1].name] = feeds[specs[1].name][:1].reshape(())
-        found = session.run(None, feeds)
-        names = [o.name for o in session.get_outputs()]
-        return read_optimized(folder / "optimized.onnx"), dict(zip(names, found, strict=True))
 
     def _inputs(self) -> list[Tensor]:
         """`inputs` in the types of the captured model: samplers hand integers to models of continuous time too."""

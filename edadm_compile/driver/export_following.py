@@ -36,10 +36,12 @@ class Distance:
 
     Attributes:
         error: largest distance; of codes in steps from the unrounded value, of floats relative to the largest value.
+        rounding: as much as rounding alone explains.
         failure: what is wrong with it, with what is allowed; empty if nothing is.
     """
 
     error: float
+    rounding: float
     failure: str
 
 
@@ -52,6 +54,7 @@ class Following:
         found: ONNX Runtime's values by name, among them all borders of layers (`export.probes`).
         layers_too: also compute the layers in torch, and compare their outputs: for graphs whose layers have no integer
             twin. Otherwise they are skipped, as their outputs are known.
+        further: relative difference that is allowed beyond `ROUNDING`.
 
     Attributes:
         inputs: distance of the input codes by layer name; codes read by several layers count for the first.
@@ -61,6 +64,7 @@ class Following:
     exported: Exported
     found: dict[str, Any]
     layers_too: bool = False
+    further: float = 0.0
     inputs: dict[str, Distance] = field(default_factory=dict)
     outputs: dict[str, Distance] = field(default_factory=dict)
 
@@ -84,7 +88,7 @@ class Following:
         arguments = dict(zip(_placeholders(graph), self.exported.prepared.graph_inputs(inputs), strict=True))
         needed = self._needed()
         last = {source: node for node in graph.nodes if node in needed for source in node.all_input_nodes}
-        distance = Distance(0.0, "")
+        distance = Distance(0.0, 0.0, "")
         with torch.no_grad():
             for node in graph.nodes:
                 if node.op == "output":
@@ -165,7 +169,7 @@ class Following:
 
     def _allowed(self, node: fx.Node) -> float:
         """Relative difference that rounding explains."""
-        return ROUNDING + 2 * self._unit.get(node, 0.0)
+        return ROUNDING + self.further + 2 * self._unit.get(node, 0.0)
 
     def _bias_rounding(self, layer: ExportedLayer) -> float:
         """What a bias may be wrong by where ONNX Runtime makes whole units ``s_x s_w`` of it; in output codes if there are."""
@@ -181,7 +185,7 @@ class Following:
     def _codes(self, found: Tensor, node: fx.Node, side: str, further: float = 0.0) -> Distance:
         wanted = self._values[node]
         if found.shape != wanted.shape:
-            return Distance(float("inf"), f"its {side} is {list(found.shape)}, not {list(wanted.shape)}")
+            return Distance(float("inf"), 0.0, f"its {side} is {list(found.shape)}, not {list(wanted.shape)}")
         distance = (found - wanted).abs()
         nearest = 0.5 + self._allowed(node) * max(256.0, self._reach.get(node, 0.0)) + further
         most, limit = float(distance.max()), max(nearest, 0.5 + STEPS)
@@ -192,17 +196,17 @@ class Following:
             what = f"{share:.1%} of its {side} codes are not the nearest to their values; {SHARE:.1%} are allowed"
         else:
             what = ""
-        return Distance(most, what)
+        return Distance(most, nearest, what)
 
     def _floats(self, found: Tensor, node: fx.Node, side: str, further: float = 0.0) -> Distance:
         wanted = self._values[node]
         if found.shape != wanted.shape:
-            return Distance(float("inf"), f"the {side} is {list(found.shape)}, not {list(wanted.shape)}")
+            return Distance(float("inf"), 0.0, f"the {side} is {list(found.shape)}, not {list(wanted.shape)}")
         largest = float(wanted.abs().max()) or 1.0
         error = float((found - wanted).abs().max()) / largest
         allowed = self._allowed(node) + further / largest
         what = f"the {side} differs by {error:.1e} of its largest value; {allowed:.1e} is allowed"
-        return Distance(error, "" if error <= allowed else what)
+        return Distance(error, allowed, "" if error <= allowed else what)
 
     def _prediction(self, output: fx.Node) -> Distance:
         (source,) = output.all_input_nodes

@@ -48,9 +48,16 @@ def _print_check(out: Console, check: dict[str, Any], target: str) -> None:
     codes, floats = _largest(check["layers"], "codes"), _largest(check["layers"], "float")
     ends = check["end_to_end"]
     if codes is not None or floats is not None:
+        truth = "the program with symmetric codes" if target == "tensorrt" else "the reference engine"
         out.print(
-            "against the reference engine, fed the same codes: "
+            f"against {truth}, fed the same codes: "
             f"output codes differ by at most {codes if codes is not None else 0} step(s), float outputs by at most {floats or 0:.1e} of their largest value"
+        )
+    inputs = [r["input_error"] for r in check["layers"] if r["input_error"] is not None]
+    if inputs:
+        out.print(
+            f"between layers: input codes of {len(inputs)} layers lie at most {max(inputs):.3f} steps from the values that they "
+            "stand for (0.5 is rounding)"
         )
     db = ends["sqnr_to_reference_db"]
     out.print(f"end to end against the reference engine: {'equal' if db is None else f'{db:.1f} dB SQNR'}")
