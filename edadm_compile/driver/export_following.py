@@ -27,6 +27,8 @@ from edadm_compile.quant.spec import act_spec
 ROUNDING = 2.0**-16
 #: A code may be the second nearest where rounding explains it or, after an unlucky cancellation, in this share of places.
 STEPS, SHARE = 1.0, 1e-3
+#: Rounding is counted for values up to this many times the range of codes; what is farther is clipped on both sides.
+_REACH = 32
 _COARSE = (torch.bfloat16, torch.float16)
 
 
@@ -138,8 +140,9 @@ class Following:
         """Where a value lies among the codes, float64."""
         source, scale, zero = (self._values[n] for n in node.args[:3])  # type: ignore[index]
         position = source.double() / scale.double() + zero.double()
-        self._reach[node] = float(position.abs().max())
-        spec = act_spec(int(node.args[3]), bool(node.args[4]))  # type: ignore[arg-type]
+        bits = int(node.args[3])  # type: ignore[arg-type]
+        self._reach[node] = min(float(position.abs().max()), _REACH * 2**bits)
+        spec = act_spec(bits, bool(node.args[4]))
         clipped: Tensor = position.clamp(spec.qmin, spec.qmax)
         return clipped
 
