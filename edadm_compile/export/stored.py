@@ -45,7 +45,8 @@ def _constants(layer: ExportedLayer, nodes: dict[str, ir.Node]) -> list[tuple[ir
     """
     found: list[tuple[ir.Value, ir.Value]] = []
     for name in layer.products:
-        value = nodes[name].inputs[1] if name in nodes else None
+        inputs = nodes[name].inputs if name in nodes else ()
+        value = inputs[1] if len(inputs) > 1 else None
         while value is not None and (producer := value.producer()) is not None and producer.op_type in _BETWEEN:
             if producer.op_type == "DequantizeLinear":
                 pair = (_uncast(producer.inputs[0]), producer.inputs[1])
