@@ -77,8 +77,7 @@ class Check:
         t = other_timestep(self.exported.prepared)
         if t is None:
             return []
-        signature = self.exported.prepared.signature
-        images = signature.min_batch if signature.min_batch == signature.max_batch else 1
+        images = self.exported.prepared.signature.min_batch  # one, unless capture had to fix the batch
         inputs = [v[:images].clone() for v in self._inputs()]
         inputs[1] = torch.full_like(inputs[1], t)
         between = Following(self.exported, probed.run(inputs), further=SINES)

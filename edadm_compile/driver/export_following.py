@@ -98,8 +98,8 @@ class Following:
                 elif node in needed:
                     self._values[node] = arguments[node] if node in arguments else self._value(node)
                     self._visit(node)
-                    for source in node.all_input_nodes:
-                        if last.get(source) is node:
+                    for source in (*node.all_input_nodes, node):  # itself where only layers read it, which are skipped
+                        if last.get(source, node) is node:
                             self._values.pop(source, None)
         return distance
 

@@ -1,4 +1,4 @@
-"""Every kind of network: ONNX Runtime against the exported program, value by value, and what it runs in integers."""
+"""Networks of few bits, what ONNX Runtime runs in integers, and that preparing a program changes no value."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ WIDTHS = [
     ("tiny", 4, 8, None), ("tiny", 6, 6, "onnxruntime"), ("labels", 4, 8, "onnxruntime"), ("labels", 4, 4, None),
     ("grouped", 6, 6, None), ("asymmetric_pad", 4, 4, "onnxruntime"), ("masked_attention", 4, 4, None),
 ]  # fmt: skip
+#: Networks that have every form of a layer between them, and float layers.
+FORMS = [
+    ("labels", "deploy"), ("foreign", "int8 attention"), ("masked_attention", "int8 attention"), ("grouped", "deploy"),
+    ("asymmetric_pad", "deploy"), ("autocast", "plain"), ("constant_planes", "plain"),
+]  # fmt: skip
 INTEGER = {"QLinearConv", "QGemm", "MatMulIntegerToFloat", "QLinearMatMul"}
 UINT8, INT8 = onnx.TensorProto.UINT8, onnx.TensorProto.INT8
 FLOAT = {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum"}
@@ -64,7 +69,7 @@ def test_narrow_codes_are_the_nearest_and_clipped(name, weights, activations, de
         assert ends == [128 - 2 ** (activations - 1), 127 + 2 ** (activations - 1)]
 
 
-@pytest.mark.parametrize(("name", "setting"), CASES, ids=lambda v: v)
+@pytest.mark.parametrize(("name", "setting"), FORMS, ids=lambda v: v)
 def test_no_quantized_layer_is_left_in_float(name, setting, tmp_path):
     graph = exported(name, setting)
     session(ir.to_proto(graph.model), optimized=tmp_path / "optimized.onnx")
