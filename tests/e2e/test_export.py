@@ -116,6 +116,7 @@ def test_a_tensorrt_file_says_what_it_costs(compiled, tmp_path):
     text = " ".join(result.stdout.split())
     assert "for TensorRT: symmetric int8, explicit quantization" in text
     assert "64 layers are written in integers for tensorrt; on this machine they run in float" in text
+    assert "against the program with symmetric codes, fed the same codes: float outputs differ by at most" in text
     assert "note: activations were made symmetric, which costs accuracy" in text
     zeros = {n.input[2] for n in onnx.load(tmp_path / "a.onnx").graph.node if n.op_type == "QuantizeLinear"}
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "a.onnx").graph.initializer}
