@@ -127,11 +127,6 @@ def wrong_path(patch):
     patch.setattr(time, "_computed", lambda b, *a: b.op("Mul", right(b, *a), b.constant(1.02)))
 
 
-def wrong_end(patch):
-    right = layers._scatter
-    patch.setattr(layers, "_scatter", lambda s, n: s.op("Mul", right(s, n), s.const(1.02)))
-
-
 BETWEEN = [wrong_activation, wrong_norm, wrong_rows]
 
 
