@@ -61,6 +61,7 @@ def run(
     _need_packages(check)
     from edadm_compile.export import files
     from edadm_compile.export.convert import convert, describe
+    from edadm_compile.export.stored import stored_weights
     from edadm_compile.export.targets import target
 
     progress = progress or Silent()
@@ -75,19 +76,20 @@ def run(
     exported = convert(loaded.qdq, target(onnx_target), int4=int4, scalar_time=layout == "diffusers")
     settings = loaded.manifest["config"]
     trained = settings.get("deploy") == "onnxruntime"
+    scales = "in the reconstruction" if trained else "calibrated afterwards"
     facts = {
-        "target": onnx_target, "output_scales": "in the reconstruction" if trained else "calibrated afterwards",
+        "target": onnx_target, "output_scales": scales if exported.target.output_codes else "none, outputs are float",
         "sampler": vars(loaded.lowered.sampler), "source": loaded.manifest.get("source", {}).get("sha256", ""),
     }  # fmt: skip
     describe(exported.model, **facts)
     result: dict[str, Any] = {
         "output": str(path), "target": onnx_target, "what": exported.target.what, "int4": int4,
-        "output_scales": facts["output_scales"], "weights": _weights(exported), "notes": _notes(exported.prepared, onnx_target), "check": None,
+        "output_scales": facts["output_scales"], "weights": stored_weights(exported), "notes": _notes(exported.prepared, onnx_target), "check": None,
     }  # fmt: skip
     if check:
         progress.stage("ONNX Runtime", None)
         result["check"] = _check(loaded, exported, reference, options, one_time=layout == "diffusers")
-        if result["check"]["broken"] and exported.target.output_codes:
+        if result["check"]["broken"]:
             raise ContractError(_sentence(result["check"]["broken"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     written = files.save(exported.model, path)
@@ -102,21 +104,6 @@ def run(
 def export_onnx(artifact: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
     """Export a ``.qmod`` file to ONNX; arguments, result and errors as of `run`."""
     return run(Path(artifact), Path(output), **options)
-
-
-def _weights(exported: Any) -> dict[str, Any]:
-    """Stored weights of quantized layers: codes, scales and zero points, against float32."""
-    constants = exported.model.graph.initializers
-    layers = {"int4": 0, "int8": 0}
-    stored = float32 = 0
-    for name in {product for layer in exported.layers for product in layer.products}:
-        if (codes := constants.get(f"{name}.weight_q")) is None:
-            continue  # a float layer, or a product of two activations
-        channels = constants[f"{name}.weight_scale"].const_value.size
-        layers["int4" if codes.const_value.dtype.name == "INT4" else "int8"] += 1
-        stored += codes.const_value.nbytes + 5 * channels
-        float32 += 4 * codes.const_value.size
-    return {"layers": layers, "bytes": stored, "float32_bytes": float32, "ratio": round(stored / max(float32, 1), 4)}
 
 
 def _need_packages(check: bool) -> None:

@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edadm_compile.driver.export_following import Following, signed_codes
+from edadm_compile.driver.export_probing import Probed, other_timestep
 from edadm_compile.evaluate.metrics import sqnr
 from edadm_compile.export.convert import OUTPUT, Exported, ExportedLayer
-from edadm_compile.export.files import save
-from edadm_compile.export.optimized import INTEGER_OPS, OptimizedGraph, read_optimized
-from edadm_compile.export.probes import save_probed
+from edadm_compile.export.optimized import INTEGER_OPS, OptimizedGraph
 from edadm_compile.export.targets import OnnxTarget
 from edadm_compile.ir.program import Program, get_constant, layer_of
 from edadm_compile.quant import affine
 from edadm_compile.quant.spec import act_spec
-from edadm_compile.runtime.engines.onnxruntime import make_session
 from edadm_compile.runtime.engines.reference import ReferenceEngine
 
 #: Largest difference of output codes, and of float outputs relative to the largest value of the layer's output.
 CODE_STEPS, FLOAT_ERROR = 1, 2.0**-18
+#: Further relative difference in a float time path: the sine of a thousand radians has ten bits less than its argument.
+SINES = 2.0**-13
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,15 @@ class Check:
             all layers agree.
         """
         with tempfile.TemporaryDirectory(prefix="edadm-") as folder:
-            optimized, values = self._run_all(Path(folder))
+            probed = Probed(self.exported, Path(folder))
+            values, elsewhere = probed.run(self._inputs()), self._elsewhere(probed)
+        optimized = probed.optimized
+        between = Following(self.exported, values, layers_too=not self.exported.target.output_codes)
+        behind = between.run(self._inputs())
         found = [self._row(layer, optimized, values) for layer in self.exported.layers]
         rows = [r for r in found if r is not None]
+        for row in rows:
+            _add_distances(row, between)
         prediction = torch.from_numpy(values[OUTPUT])
         reference = ReferenceEngine(self.lowered)(*self.inputs)
         return {
@@ -60,8 +67,22 @@ class Check:
             "layers": rows,
             "end_to_end": self._ends(prediction, reference),
             "broken": [f"layer {r['layer']}: {r['failure']}" for r in rows if r["failure"]]
+            + ([f"the prediction: {behind.failure}"] if behind.failure else [])
+            + elsewhere
             + [f"{name} multiplies types that have no fast kernel" for name in self._slow(optimized)],
         }
+
+    def _elsewhere(self, probed: Probed) -> list[str]:
+        """What is wrong at a timestep that is not in the tables, for which the graph has another branch."""
+        t = other_timestep(self.exported.prepared)
+        if t is None:
+            return []
+        images = self.exported.prepared.signature.min_batch  # one, unless capture had to fix the batch
+        inputs = [v[:images].clone() for v in self._inputs()]
+        inputs[1] = torch.full_like(inputs[1], t)
+        between = Following(self.exported, probed.run(inputs), further=SINES)
+        failures = {"the prediction": between.run(inputs)} | {f"layer {n}": d for n, d in between.inputs.items()}
+        return [f"{where} at timestep {t:g}: {d.failure}" for where, d in failures.items() if d.failure]
 
     def _ends(self, prediction: Tensor, reference: Tensor) -> dict[str, float | None]:
         return {
@@ -73,20 +94,9 @@ class Check:
     def _slow(self, optimized: OptimizedGraph) -> tuple[str, ...]:
         return optimized.slow if self.exported.target.name == "cpu" else ()
 
-    def _run_all(self, folder: Path) -> tuple[OptimizedGraph, dict[str, Any]]:
-        """The optimized graph, and the values at the borders of all layers by name."""
-        plain, probed = folder / "plain.onnx", folder / "probed.onnx"
-        save(self.exported.model, plain)
-        make_session(plain, 1, optimized=folder / "optimized.onnx")
-        save_probed(self.exported, probed)
-        session = make_session(probed, torch.get_num_threads())
-        specs = self.exported.prepared.signature.inputs
-        feeds = {s.name: v.to(s.dtype).numpy() for s, v in zip(specs, self.inputs, strict=True)}
-        if not session.get_inputs()[1].shape:  # a scalar timestep: all states must share one then
-            feeds[specs[1].name] = feeds[specs[1].name][:1].reshape(())
-        found = session.run(None, feeds)
-        names = [o.name for o in session.get_outputs()]
-        return read_optimized(folder / "optimized.onnx"), dict(zip(names, found, strict=True))
+    def _inputs(self) -> list[Tensor]:
+        """`inputs` in the types of the captured model: samplers hand integers to models of continuous time too."""
+        return [v.to(s.dtype) for s, v in zip(self.exported.prepared.signature.inputs, self.inputs, strict=True)]
 
     def _row(self, layer: ExportedLayer, optimized: OptimizedGraph, values: dict[str, Any]) -> dict[str, Any] | None:
         if not layer.products and layer.info.kind != "attention":
@@ -96,7 +106,7 @@ class Check:
         row: dict[str, Any] = {
             "layer": layer.info.name, "kind": layer.info.kind, "weights": layer.info.weight_bits,
             "operators": operators, "integer": integer, "why": "" if integer else self._why(layer, operators),
-            "output": "codes" if layer.quantizer is not None else "float", "error": None, "failure": "",
+            "output": "codes" if layer.quantizer is not None else "float", "input_error": None, "error": None, "failure": "",
         }  # fmt: skip
         if layer.output is not None and self.exported.target.output_codes:
             row |= self._compare(layer, values)
@@ -112,7 +122,7 @@ class Check:
 
     def _compare(self, layer: ExportedLayer, values: dict[str, Any]) -> dict[str, Any]:
         assert layer.output is not None
-        codes = [self._codes(v.name, values) for v in layer.codes]
+        codes = [signed_codes(values[str(v.name)]) for v in layer.codes]
         truth = (
             _product(self.exported.prepared, layer, codes) if layer.info.kind == "matmul" else self._layer(layer, codes)
         )
@@ -126,7 +136,7 @@ class Check:
         wanted = self._quantized(layer.quantizer, truth).int()
         if layer.pixels is not None:
             wanted = torch.nn.functional.pad(torch.pixel_shuffle(wanted, 2), [-1, -1, -1, -1])
-        steps = (self._codes(layer.output.name, values).int() - wanted).abs()
+        steps = (signed_codes(values[str(layer.output.name)]).int() - wanted).abs()
         most = int(steps.max())
         failure = "" if most <= CODE_STEPS else f"output codes differ by up to {most} steps"
         return {"error": most, "differing_share": float((steps > 0).float().mean()), "failure": failure}
@@ -140,11 +150,6 @@ class Check:
         """What one unit of a layer's int32 sums is worth: the largest ``s_x s_w``."""
         multiplier = self._twin(layer).args[2]
         return float(get_constant(self.lowered.graph_module, str(multiplier.target)).max())  # type: ignore[union-attr]
-
-    def _codes(self, name: Any, values: dict[str, Any]) -> Tensor:
-        """Codes as in the program: signed."""
-        found = torch.from_numpy(values[name])
-        return found if found.dtype == torch.int8 else (found.to(torch.int16) - 128).to(torch.int8)
 
     def _layer(self, layer: ExportedLayer, codes: list[Tensor]) -> Tensor:
         """Float result of the reference kernel on the codes that ONNX Runtime had."""
@@ -174,10 +179,22 @@ def _product(prepared: Program, layer: ExportedLayer, codes: list[Tensor]) -> Te
     return (terms[0] @ terms[1]).float()
 
 
+def _add_distances(row: dict[str, Any], between: Following) -> None:
+    """Put what following the program has found about a layer into its row; what is in front of it comes first."""
+    name = row["layer"]
+    if name in between.inputs:
+        row["input_error"] = between.inputs[name].error
+    if name in between.outputs:
+        row["error"] = between.outputs[name].error
+    found = [d[name].failure for d in (between.inputs, between.outputs) if name in d]
+    row["failure"] = "; ".join(f for f in (*found, row["failure"]) if f)
+
+
 def _operator(name: str, optimized: OptimizedGraph) -> str:
-    """Operator of a node, also where fusions appended to its name."""
-    if name in optimized.operators:
-        return optimized.operators[name]
+    """Operator of a node, also where fusions, or the layout of float convolutions, appended to its name."""
+    for known in (name, f"{name}_nchwc"):
+        if known in optimized.operators:
+            return optimized.operators[known]
     return next((op for found, op in optimized.operators.items() if found.startswith(f"{name}/")), "fused away")
 
 

@@ -16,13 +16,13 @@ from edadm_compile.export.builder import DTYPES, Builder
 from edadm_compile.export.operators import FLOAT_TABLE, codes, layers
 from edadm_compile.export.operators.layers import absorbed_padding
 from edadm_compile.export.operators.phases import pixels_behind
-from edadm_compile.export.prepare import DEQUANTIZE, is_integer_layer, prepare, two_sizes
+from edadm_compile.export.prepare import is_integer_layer, prepare, two_sizes
 from edadm_compile.export.scope import Dim, Emitted, Emitter, Scope
 from edadm_compile.export.targets import OnnxTarget
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.output_codes import writes_codes
 from edadm_compile.ir.program import InputSpec, LayerInfo, Program, layer_of, placeholders
-from edadm_compile.ir.quantizers import QUANTIZE
+from edadm_compile.ir.quantizers import DEQUANTIZE, QUANTIZE
 
 #: INT4 constants need opset 21; nothing newer is used.
 OPSET, IR_VERSION = 21, 10
@@ -39,6 +39,7 @@ class ExportedLayer:
         products: names of its convolutions and matrix products; they keep them in ONNX Runtime's optimized graph.
         codes: its inputs as 8-bit codes (two for a 16-bit input, or for a product of two activations); empty for a layer
             in float.
+        sources: the nodes whose codes `codes` are (one for a 16-bit input).
         moved: a padding that the graph does in the convolution, to be applied to the codes for comparison.
         output: its codes where it writes codes, else its float value.
         pixels: the node whose codes `output` is, where the layer computes phases of an image.
@@ -49,10 +50,16 @@ class ExportedLayer:
     info: LayerInfo
     products: tuple[str, ...]
     codes: tuple[ir.Value, ...] = ()
+    sources: tuple[fx.Node, ...] = ()
     moved: fx.Node | None = None
     output: ir.Value | None = None
     quantizer: fx.Node | None = None
     pixels: fx.Node | None = None
+
+    @property
+    def result(self) -> fx.Node:
+        """The node whose codes or float value `output` is."""
+        return self.pixels or self.quantizer or self.node
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ def convert(program: Program, target: OnnxTarget, *, int4: bool = False, scalar_
     prepared = prepare(program, target)
     table = emitters()
     builder = Builder()
+    builder.unique(OUTPUT)  # whatever layers and inputs are called
     signature = prepared.signature
     fixed = signature.min_batch if signature.min_batch == signature.max_batch else None
     inputs = [_input(builder, spec, fixed, scalar_time) for spec in signature.inputs]
@@ -126,16 +134,19 @@ def _layer(scope: Scope, node: fx.Node) -> ExportedLayer:
     dequantizers: list[Any] = [a for a in node.args[:2] if op_name(getattr(a, "target", "")) == DEQUANTIZE]
     sources: list[fx.Node] = [d.args[0] for d in dequantizers]
     moved = absorbed_padding(scope, node)
-    found = [scope.emitted[moved.args[0] if moved is not None else s] for s in sources]  # type: ignore[index]
+    if moved is not None:
+        sources = [moved.args[0]]  # type: ignore[list-item]
+    found = [scope.emitted[s] for s in sources]
     codes_ = tuple(v for f in found for v in (f if isinstance(f, tuple) else (f,)))
     readers = list(node.users)
     coded = writes_codes(node, info) and [op_name(u.target) for u in readers] == [QUANTIZE]
     pixels = pixels_behind(node) if coded and isinstance(scope.emitted[node], tuple) else None
-    output = scope.emitted[pixels or (readers[0] if coded else node)]
-    assert isinstance(output, ir.Value)
-    return replace(
-        plain, codes=codes_, moved=moved, output=output, quantizer=readers[0] if coded else None, pixels=pixels
+    facts = replace(
+        plain, codes=codes_, sources=tuple(sources), moved=moved, quantizer=readers[0] if coded else None, pixels=pixels
     )
+    output = scope.emitted[facts.result]
+    assert isinstance(output, ir.Value)
+    return replace(facts, output=output)
 
 
 def emitters() -> dict[str, Emitter]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -43,13 +46,41 @@ def save(model: ir.Model, path: Path, *, external: bool | None = None) -> list[P
             draft = Path(folder) / path.name
             ir.save(model, draft, external_data=data)
             _check(draft)
-            written = []
-            for name in ([data] if data else []) + [path.name]:  # the graph last: it names the data
-                (Path(folder) / name).replace(path.parent / name)
-                written.append(path.parent / name)
-            return written
+            return _move(Path(folder), ([data] if data else []) + [path.name], path.parent)  # the graph last
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _move(folder: Path, names: Sequence[str], to: Path) -> list[Path]:
+    """Put files in place, all or none: an older graph with newer data would compute anything.
+
+    Raises:
+        OSError: one could not be put in place; the others are as they were.
+    """
+    done: list[Path] = []
+    try:
+        for name in names:
+            if (to / name).is_file():
+                _keep(to / name, folder / f"{name}.older")
+            (folder / name).replace(to / name)
+            done.append(to / name)
+    except BaseException:
+        for path in done:
+            older = folder / f"{path.name}.older"
+            if older.exists():
+                older.replace(path)
+            else:
+                path.unlink()
+        raise
+    return done
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such names."""
+    try:
+        os.link(path, copy)
+    except OSError:
+        shutil.copy2(path, copy)
 
 
 def _check(path: Path) -> None:

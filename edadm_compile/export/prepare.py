@@ -6,15 +6,22 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import ExportError
+from edadm_compile.export.plain import drop_output_codes, drop_wide_codes, make_symmetric
 from edadm_compile.export.targets import OnnxTarget
 from edadm_compile.ir.analysis import fake_values
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, Signature, get_constant, layer_of, set_constant
-from edadm_compile.ir.quantizers import QUANTIZE, drop_identity, quantize_first, share_quantizer, zero_padding
+from edadm_compile.ir.quantizers import (
+    DEQUANTIZE,
+    QUANTIZE,
+    drop_identity,
+    quantize_first,
+    share_quantizer,
+    zero_padding,
+)
 
 aten, edadm = torch.ops.aten, torch.ops.edadm
-DEQUANTIZE = "edadm.dequantize.default"
 
 
 def prepare(program: Program, target: OnnxTarget) -> Program:
@@ -30,7 +37,9 @@ def prepare(program: Program, target: OnnxTarget) -> Program:
     7. quantizers of 16 bits are dropped, the layer's input stays float (where not `OnnxTarget.two_terms`)
     8. quantize(crop(pixel_shuffle(conv2d_2x2))) → crop(pixel_shuffle(quantize(conv2d_2x2))): the phases of an upsampled
        image, whose codes are put together
-    9. quantizers of the second operand of a product of two activations → signed codes (``meta["signed"]``): fast there
+    9. dequantize(quantize(convolution)) → convolution where a file compiled for ONNX Runtime has the rounding of outputs
+       and the consumer does without (not `OnnxTarget.output_codes`; one rounding less: not exact, and finer)
+    10. quantizers of the second operand of a product of two activations → signed codes (``meta["signed"]``): fast there
 
     Raises:
         ExportError: a convolution without an output range.
@@ -45,13 +54,15 @@ def prepare(program: Program, target: OnnxTarget) -> Program:
                 changed |= drop_identity(node) or _early(program, node) or share_quantizer(node)
         graph.eliminate_dead_code()
     if not target.two_terms:
-        _drop_wide_codes(graph)
+        drop_wide_codes(graph)
     if target.output_codes:
         for node in list(graph.nodes):
             _quantize_phases(program, node)
             _add_output_codes(program, node)
+    else:
+        drop_output_codes(graph)
     if target.symmetric:
-        _make_symmetric(program)
+        make_symmetric(program)
     else:
         _mark_signed(graph)
     program.graph_module.recompile()
@@ -78,17 +89,6 @@ def _pad_codes(program: Program, node: fx.Node) -> bool:
     codes.meta, padded.meta = dict(node.meta), dict(node.meta)
     node.replace_all_uses_with(padded)
     return True
-
-
-def _drop_wide_codes(graph: fx.Graph) -> None:
-    """Rule 7."""
-    for node in list(graph.nodes):
-        if op_name(node.target) != DEQUANTIZE:
-            continue
-        source = node.args[0]  # 16-bit codes are not moved: their quantizer is here
-        if op_name(source.target) == QUANTIZE and source.args[3] == 16:
-            node.replace_all_uses_with(source.args[0])
-    graph.eliminate_dead_code()
 
 
 def _add_output_codes(program: Program, node: fx.Node) -> None:
@@ -153,38 +153,8 @@ def _quantize_phases(program: Program, node: fx.Node) -> None:
     graph.erase_node(quantizer)
 
 
-def _make_symmetric(program: Program) -> None:
-    """Rule 6: codes [-127, 127] that reach the farther end of the old range."""
-    module = program.graph_module
-    for node in list(module.graph.nodes):
-        if op_name(node.target) != QUANTIZE or node.args[3] > 8 or node.args[4]:
-            continue
-        scale, zero = (get_constant(module, str(a.target)) for a in node.args[1:3])
-        high = 2 ** (node.args[3] - 1) - 1
-        reach = torch.maximum((high - zero) * scale, (zero + high + 1) * scale)
-        for argument_, value in zip(node.args[1:3], (reach / high, torch.zeros_like(zero)), strict=True):
-            set_constant(module, f"symmetric.{argument_.target}", value)
-        _retarget(module, node)
-
-
-def _retarget(module: fx.GraphModule, node: fx.Node) -> None:
-    """Point a quantizer and the dequantizers of its codes to the symmetric constants."""
-    with module.graph.inserting_before(node):
-        scale, zero = (module.graph.get_attr(f"symmetric.{a.target}") for a in node.args[1:3])  # type: ignore[union-attr]
-    node.args = (node.args[0], scale, zero, node.args[3], True)
-    stack = list(node.users)
-    while stack:
-        user = stack.pop()
-        if op_name(user.target) == DEQUANTIZE:
-            user.args = (user.args[0], scale, zero)
-        else:
-            if op_name(user.target) == "aten.constant_pad_nd.default":
-                user.args = (*user.args[:2], 0)
-            stack.extend(user.users)
-
-
 def _mark_signed(graph: fx.Graph) -> None:
-    """Rule 9, on the chain of movements between a quantizer and the product; a chain with other readers is copied."""
+    """Rule 10, on the chain of movements between a quantizer and the product; a chain with other readers is copied."""
     made: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
         info = layer_of(node)

@@ -11,7 +11,7 @@ from torch import fx
 
 from edadm_compile.ir.ops import op_name
 
-QUANTIZE = "edadm.quantize.default"
+QUANTIZE, DEQUANTIZE = "edadm.quantize.default", "edadm.dequantize.default"
 #: Operators that rearrange or repeat whole elements: quantizing before or after gives the same codes.
 _COMMUTING = frozenset(
     f"aten.{name}"

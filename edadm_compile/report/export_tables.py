@@ -48,9 +48,13 @@ def _print_check(out: Console, check: dict[str, Any], target: str) -> None:
     codes, floats = _largest(check["layers"], "codes"), _largest(check["layers"], "float")
     ends = check["end_to_end"]
     if codes is not None or floats is not None:
+        truth = "the program with symmetric codes" if target == "tensorrt" else "the reference engine"
+        out.print(f"against {truth}, fed the same codes: {_differences(codes, floats)}")
+    inputs = [r["input_error"] for r in check["layers"] if r["input_error"] is not None]
+    if inputs:
         out.print(
-            "against the reference engine, fed the same codes: "
-            f"output codes differ by at most {codes if codes is not None else 0} step(s), float outputs by at most {floats or 0:.1e} of their largest value"
+            f"between layers: input codes of {len(inputs)} layers lie at most {max(inputs):.3f} steps from the values that they "
+            "stand for (0.5 is rounding)"
         )
     db = ends["sqnr_to_reference_db"]
     out.print(f"end to end against the reference engine: {'equal' if db is None else f'{db:.1f} dB SQNR'}")
@@ -58,6 +62,14 @@ def _print_check(out: Console, check: dict[str, Any], target: str) -> None:
         out.print(
             f"noise-prediction SQNR against the float model: {ends['sqnr_to_float_db']:.2f} dB, reference engine {ends['reference_engine_sqnr_to_float_db']:.2f} dB"
         )
+
+
+def _differences(codes: float | None, floats: float | None) -> str:
+    both = [] if codes is None else [f"output codes differ by at most {codes} step(s)"]
+    if floats is not None:
+        verb = "" if both else "differ "
+        both.append(f"float outputs {verb}by at most {floats:.1e} of their largest value")
+    return ", ".join(both)
 
 
 def _largest(rows: Sequence[dict[str, Any]], output: str) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -12,9 +14,12 @@ from torch import nn
 from edadm_compile.config import QuantConfig
 from edadm_compile.driver import export
 from edadm_compile.driver.compile import compile_model, to_artifact
+from edadm_compile.export.convert import Exported, convert
+from edadm_compile.export.operators import layers
+from edadm_compile.export.targets import target
 from edadm_compile.ir.program import SamplerSpec, layer_of
 from edadm_compile.pipeline import compile_source
-from edadm_compile.runtime.artifact import write
+from edadm_compile.runtime.artifact import read, write
 from tests.graphs import DDIM, source_of
 from tests.lowering.plans import QUICK
 from tests.models.variants import make
@@ -82,13 +87,47 @@ def test_layers_of_zeros_have_a_size_too(tmp_path):
     assert report["weights"]["layers"] == {"int4": 0, "int8": 4} and report["check"]["broken"] == []
 
 
+@pytest.mark.parametrize("int4", [False, True])
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_networks_of_few_bits_are_written(tmp_path, bits):
+def test_networks_of_few_bits_are_written(tmp_path, bits, int4):
     module = Chain(("stem", "mid", "head"))
     module.stem, module.mid = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 16, 1)
     compile_network(module, tmp_path / "a.qmod", bits, bits)
-    report = export.run(tmp_path / "a.qmod", tmp_path / "a.onnx")
-    assert {r["layer"]: r["weights"] for r in report["check"]["layers"]} == {"stem": 8, "mid": bits, "head": 8}
+    report = export.run(tmp_path / "a.qmod", tmp_path / "a.onnx", int4=int4)
+    rows = {r["layer"]: r for r in report["check"]["layers"]}
+    assert {name: r["weights"] for name, r in rows.items()} == {"stem": 8, "mid": bits, "head": 8}
+    assert rows["mid"]["operators"] == ["QLinearConv"] and rows["mid"]["error"] <= 1
+    assert report["weights"]["layers"] == ({"int4": 1, "int8": 2} if int4 else {"int4": 0, "int8": 3})
+    assert report["weights"]["float32_bytes"] == 4 * (3 * 4 * 9 + 4 * 16 + 16 * 3 * 9)
+    graph = onnx.load(tmp_path / "a.onnx").graph
+    stored = {t.name: onnx.numpy_helper.to_array(t).astype(int) for t in graph.initializer}
+    assert abs(stored["mid.weight_q"]).max() <= (8 if int4 else 127)  # two to a byte, whatever they are multiplied by
+
+
+@pytest.mark.parametrize(("bits", "finer"), [(2, True), (3, True), (8, False)])
+def test_units_of_a_bias_are_finer_only_where_they_are_coarse(tmp_path, monkeypatch, bits, finer):
+    """For few bits the weights in the file are the program's, to the last digit, in codes that are larger by a power of two."""
+    module = Chain(("stem", "mid", "head"))
+    module.stem, module.mid = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 16, 1)
+    compile_network(module, tmp_path / "a.qmod", bits, bits)
+    qdq = read(tmp_path / "a.qmod").qdq
+    found = middle_weights(convert(qdq, target("cpu")))
+    monkeypatch.setattr(layers, "fine_units", lambda s, node, codes, scale: (None, scale))
+    before = middle_weights(convert(qdq, target("cpu")))
+    factors = before[1] / found[1]
+    assert bool((factors > 1).any()) == finer and np.array_equal(np.exp2(np.round(np.log2(factors))), factors)
+    assert np.array_equal(found[0], before[0] * factors[:, None, None, None])
+    if finer:  # as fine as bytes allow, or as is needed: an eighth of a code is what a bias is wrong by
+        largest = abs(found[0]).max(axis=(1, 2, 3))
+        assert ((largest > 63) | (found[2] <= 0.25)).all() and (before[2] > 0.25).any() and largest.max() <= 127
+
+
+def middle_weights(exported: Exported) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes and scales of the layer `mid`, and its unit ``s_x s_w`` in output codes."""
+    constants = {name: v.const_value.numpy() for name, v in exported.model.graph.initializers.items()}
+    quantizer = next(n for n in exported.model.graph if n.op_type == "QuantizeLinear" and n.inputs[0].name == "mid")
+    unit = constants["mid.bias_scale"] / constants[quantizer.inputs[1].name]
+    return constants["mid.weight_q"].astype(float), constants["mid.weight_scale"].astype(float), unit
 
 
 def test_a_fixed_batch_is_noted(tmp_path):

@@ -122,10 +122,40 @@ def wrong_rows(patch):
     patch.setattr(time, "table_rows", lambda b, program, *a: right(b, rolled(program), *a))
 
 
-@pytest.mark.parametrize("sabotage", [wrong_activation, wrong_norm, wrong_rows], ids=lambda f: f.__name__)
+def wrong_path(patch):
+    right = time._computed
+    patch.setattr(time, "_computed", lambda b, *a: b.op("Mul", right(b, *a), b.constant(1.02)))
+
+
+BETWEEN = [wrong_activation, wrong_norm, wrong_rows]
+
+
+@pytest.mark.parametrize("sabotage", BETWEEN, ids=lambda f: f.__name__)
 def test_a_wrong_operator_between_layers_is_not_written(path, old, monkeypatch, sabotage):
     sabotage(monkeypatch)
     with pytest.raises(ContractError, match="something else than the reference engine"):
+        export.run(path, old)
+    assert unharmed(old)
+
+
+@pytest.mark.parametrize("sabotage", BETWEEN, ids=lambda f: f.__name__)
+def test_nor_for_a_consumer_whose_layers_have_no_integer_twin(path, old, monkeypatch, sabotage):
+    sabotage(monkeypatch)
+    with pytest.raises(ContractError, match=r"layer \S+: .*input codes .* (are|is) allowed"):
+        export.run(path, old, onnx_target="tensorrt")
+    assert unharmed(old)
+
+
+def test_a_wrong_layer_is_not_written_for_such_a_consumer(path, old, monkeypatch):
+    doubled_scale(monkeypatch)
+    with pytest.raises(ContractError, match=r"1 place\(s\): layer block2.conv1: the output differs by .* is allowed"):
+        export.run(path, old, onnx_target="tensorrt")
+    assert unharmed(old)
+
+
+def test_a_wrong_row_of_a_timestep_between_those_of_the_sampler_is_not_written(path, old, monkeypatch):
+    wrong_path(monkeypatch)
+    with pytest.raises(ContractError, match=r"layer \S+ at timestep \d+: .*input codes"):
         export.run(path, old)
     assert unharmed(old)
 

@@ -15,19 +15,16 @@ from torch import Tensor, fx
 
 from edadm_compile.errors import ExportError
 from edadm_compile.export.operators import phases
-from edadm_compile.export.operators.codes import common_output, dequantized_terms, pad_codes, zero_code
+from edadm_compile.export.operators.codes import dequantized_terms, pad_codes, zero_code
+from edadm_compile.export.operators.units import fine_units, output_channels, room_for_bias
 from edadm_compile.export.prepare import is_integer_layer, weight_codes
 from edadm_compile.export.scope import Dim, Emitted, Emitter, Scope
 from edadm_compile.ir.arguments import argument, pair
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.output_codes import convolution_form
 from edadm_compile.ir.program import layer_of
-from edadm_compile.ir.quantizers import QUANTIZE
 from edadm_compile.kernels.reference import transposed_settings
 from edadm_compile.quant import packing
-
-#: Largest bias code; a channel whose bias needs more gets a coarser weight scale.
-_BIAS_LIMIT = 2**30
 
 
 def quantized(base: Emitter, emit: Emitter) -> Emitter:
@@ -35,15 +32,24 @@ def quantized(base: Emitter, emit: Emitter) -> Emitter:
     return lambda s, node: emit(s, node) if is_integer_layer(node) else base(s, node)
 
 
-def weight(s: Scope, name: str, codes: Tensor, scale: Tensor, bits: int, axis: int) -> ir.Value:
+def weight(
+    s: Scope, name: str, codes: Tensor, scale: Tensor, bits: int, axis: int, factor: Tensor | None = None
+) -> ir.Value:
     """DequantizeLinear of a constant weight with scales along `axis`.
 
     INT4 constants are widened by a Cast, which runs once when the model is loaded: the layer stays an integer layer.
+
+    Args:
+        factor: int32, broadcastable to `codes`; what codes are multiplied by (`units.fine_units`).
     """
     if s.int4 and packing.storage_bits(bits) == 4:
         packed = s.builder.packed_int4(codes, f"{name}.weight_q")
+        if factor is not None:  # in int32: ONNX Runtime has no product of bytes
+            wide = s.op("Cast", packed, to=ir.DataType.INT32)
+            packed = s.op("Mul", wide, s.const(factor, torch.int32))
         stored = s.op("Cast", packed, to=ir.DataType.INT8, name=f"{name}.weight_int8")
     else:
+        codes = codes if factor is None else (codes * factor).to(torch.int8)
         stored = s.builder.constant(codes, name=f"{name}.weight_q")
     scales = s.builder.constant(scale.float(), name=f"{name}.weight_scale")
     zero = s.const(torch.zeros(scale.numel(), dtype=torch.int8))
@@ -103,11 +109,14 @@ def _qlinear_conv(
     x_scale = s.constant_of(node.args[0].args[1])  # type: ignore[union-attr]
     assert x_scale is not None
     scale, bias = output_channels(s, node, scale, bias)
+    factor = None
     if bias is not None:
-        codes, scale = _room_for_bias(codes, scale, bias, x_scale)
+        factor, scale = fine_units(s, node, codes, scale)
+        codes, scale = room_for_bias(codes, scale, bias, x_scale)
 
     def convolve(name: str, part: slice, pads: list[int]) -> ir.Value:
-        inputs = [x, weight(s, name, codes[part].contiguous(), scale[part], bits, 0)]
+        by = () if factor is None else (factor[part],)
+        inputs = [x, weight(s, name, codes[part].contiguous(), scale[part], bits, 0, *by)]
         if bias is not None:
             inputs.append(_bias(s, name, bias[part], x_scale * scale[part]))
         return s.op(
@@ -118,35 +127,6 @@ def _qlinear_conv(
     if phases.pixels_behind(node) is not None and not s.plain_layers:
         return phases.convolutions(lambda index, part, pads: convolve(f"{_name(node)}.phase{index}", part, pads))
     return convolve(_name(node), slice(None), pads)
-
-
-def output_channels(s: Scope, node: fx.Node, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight scales and bias of a convolution whose output codes have a scale s_n and a zero point z_n per channel.
-
-    The integer convolution knows one output scale s and one zero point (0): ``s_w'[n] = s_w[n] s / s_n`` and
-    ``b'[n] = (b[n] + s_n z_n) s / s_n`` give the same codes.
-    """
-    reader = next(iter(node.users))
-    if op_name(reader.target) != QUANTIZE:
-        return scale, bias
-    channel_scale, channel_zero = (s.constant_of(a) for a in reader.args[1:3])
-    assert channel_scale is not None and channel_zero is not None
-    if channel_scale.numel() == 1:
-        return scale, bias
-    common, _ = common_output(channel_scale)
-    factor = (common / channel_scale).reshape(-1)
-    shift = (channel_scale * channel_zero).reshape(-1)
-    return scale * factor, (shift if bias is None else bias + shift) * factor
-
-
-def _room_for_bias(codes: Tensor, scale: Tensor, bias: Tensor, x_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Coarser weights for channels whose bias is beyond int32 in units of ``s_x * s_w`` (weights that hardly matter)."""
-    least = (bias.double().abs() / (x_scale.double() * _BIAS_LIMIT)).float()
-    if not bool((least > scale).any()):
-        return codes, scale
-    wider = torch.maximum(scale, least)
-    factor = (scale / wider).reshape(-1, *[1] * (codes.dim() - 1))
-    return torch.round(codes.float() * factor).to(torch.int8), wider
 
 
 def _bias(s: Scope, name: str, bias: Tensor, scale: Tensor) -> ir.Value:
@@ -209,7 +189,7 @@ def _products(s: Scope, node: fx.Node, values: list[ir.Value], matrix: Tensor, s
     bias, x_scale = s.constant_of(argument(node, 2, "bias")), s.constant_of(node.args[0].args[1])  # type: ignore
     assert x_scale is not None
     if bias is not None:
-        matrix, scale = (v.t() if v.dim() == 2 else v for v in _room_for_bias(matrix.t(), scale, bias, x_scale))
+        matrix, scale = (v.t() if v.dim() == 2 else v for v in room_for_bias(matrix.t(), scale, bias, x_scale))
     w = weight(s, name, matrix.contiguous(), scale, bits, 1)
     results = []
     for index, value in enumerate(values):
