@@ -130,7 +130,9 @@ def main() -> None:
 @click.option("--weights-bits", type=int, help="Weight width, 2 to 8.")
 @click.option("--acts-bits", type=int, help="Activation width, 2 to 8 or 16.")
 @click.option(
-    "--method", type=click.Choice(["eda-dm", "minmax"]), help="eda-dm (default) or the round-to-nearest baseline."
+    "--method",
+    type=click.Choice(["default", "eda-dm", "q-diffusion", "tfmq-dm", "ptq4dm", "minmax"]),
+    help="EDA-DM with our additions (default), a published method, or round to nearest.",
 )
 @click.option("--uniform", is_flag=True, default=None, help="Strict widths: no promoted layers, 8-bit stem input.")
 @click.option(
@@ -143,6 +145,18 @@ def main() -> None:
 )
 @click.option("--iters", type=int, help="Reconstruction steps per block (0: round to nearest).")
 @click.option("--calib-samples", type=int, help="Calibration samples.")
+@click.option(
+    "--selection",
+    type=click.Choice(["tdac", "density", "diversity", "uniform", "normal"]),
+    help="How calibration samples are spread over the timesteps (default: the method's).",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(["block", "layer", "both"]),
+    help="What reconstruction minimises: errors of block outputs, of the layers inside, or both (default: the method's).",
+)
+@click.option("--qdrop", type=click.FloatRange(0, 1), help="Share of activations left unquantized while training.")
+@click.option("--split/--no-split", default=None, help="One scale for each source of a concatenation.")
 @click.option("--seed", type=int, help="Seed of every random draw (default 0).")
 @click.option("--device", default="cpu", show_default=True, help="Where to calibrate and reconstruct.")
 @click.option(

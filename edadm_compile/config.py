@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from edadm_compile.errors import ConfigError
+from edadm_compile.methods import METHODS, RANGES, SELECTIONS, Method
 from edadm_compile.quant.spec import ACT_BITS, WEIGHT_BITS
 
-METHODS = ("eda-dm", "minmax")
 #: Named widths: weight bits, activation bits.
 PRESETS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4)}
 
@@ -42,7 +42,6 @@ class TdacConfig:
     """Time-step density and diversity aware calibration (arXiv 2401.04585).
 
     Attributes:
-        enabled: allocate samples by density and diversity; otherwise uniformly over steps.
         diversity_weight: lambda, weight of the diversity score.
         radius_quantile: density radius as a quantile of all pairwise distances.
         radius: absolute radius, overrides the quantile.
@@ -50,7 +49,6 @@ class TdacConfig:
         trajectories: float trajectories used for scoring.
     """
 
-    enabled: bool = True
     diversity_weight: float = 1.2
     radius_quantile: float = 0.5
     radius: float | None = None
@@ -60,16 +58,17 @@ class TdacConfig:
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """Fine-grained block reconstruction.
+    """Fine-grained block reconstruction. What is None is up to the method (`edadm_compile.methods`).
 
     Attributes:
         iters: optimizer steps per block; 0 keeps round-to-nearest.
         batch: samples per step.
         lr_weight: Adam learning rate of the rounding variables.
         lr_scale: Adam learning rate of log(activation scale).
-        layer_loss_weight: weight of the layer losses beside the block loss (0: block loss only).
+        block_loss_weight: weight of the loss of a block's output (0: layer losses only).
+        layer_loss_weight: weight of the losses of the layers inside (0: block loss only).
         qdrop: probability that an activation element stays unquantized while training.
-        rounding_weight: weight of AdaRound's 0/1 regulariser, annealed from b = 20 to 2 (0: off, as released).
+        rounding_weight: weight of AdaRound's 0/1 regulariser, annealed from b = 20 to 2 (0: off).
         max_layers: largest number of layers in one block.
     """
 
@@ -77,25 +76,31 @@ class ReconstructionConfig:
     batch: int = 32
     lr_weight: float = 5e-2
     lr_scale: float = 2e-3
-    layer_loss_weight: float = 1.0
-    qdrop: float = 0.0
-    rounding_weight: float = 0.0
+    block_loss_weight: float | None = None
+    layer_loss_weight: float | None = None
+    qdrop: float | None = None
+    rounding_weight: float | None = None
     max_layers: int = 8
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Everything that decides the result, besides the model.
+    """Everything that decides the result, besides the model. What is None is up to the method.
 
     Attributes:
         weight_bits, act_bits: requested widths of the inner layers.
-        method: "eda-dm", or "minmax" (round to nearest, min-max ranges, uniform timesteps).
+        method: a name in `edadm_compile.methods.METHODS`.
         uniform: strict widths: no 16-bit stem input, no promoted layers (first and last layer stay 8-bit).
         promoted_share: largest share of the parameters in 8-bit layers of a narrower model; 0.15 keeps a W4 model at
             4.6 bits on average.
         attention: "float" or "int8" for the two attention matrix products.
         deploy: "onnxruntime" makes the program that engine runs best: convolutions get quantized outputs, which
             reconstruction takes part in, and single-head attention is folded; None for no engine in particular.
+        selection: how calibration samples are spread over the sampler's steps: "tdac", or by density or diversity
+            alone, evenly ("uniform"), or by a normal distribution.
+        ranges: how scales are found: "mse", "l2.4" (least mean |error|^2.4), "minmax".
+        symmetric: activation codes with zero in the middle.
+        split: layers that read a concatenation get one scale for each source.
         mean_correction: add the per-step mean error back to the predicted noise.
         calib_samples: calibration samples.
         seed: seeds every random draw.
@@ -105,12 +110,16 @@ class QuantConfig:
 
     weight_bits: int = 4
     act_bits: int = 8
-    method: str = "eda-dm"
+    method: str = "default"
     uniform: bool = False
     promoted_share: float = 0.15
     attention: str = "float"
     deploy: str | None = None
-    mean_correction: bool = True
+    selection: str | None = None
+    ranges: str | None = None
+    symmetric: bool | None = None
+    split: bool | None = None
+    mean_correction: bool | None = None
     calib_samples: int = 512
     seed: int = 0
     tdac: TdacConfig = TdacConfig()
@@ -125,7 +134,9 @@ class QuantConfig:
         """
         _one_of("weight_bits", self.weight_bits, WEIGHT_BITS)
         _one_of("act_bits", self.act_bits, ACT_BITS)
-        _one_of("method", self.method, METHODS)
+        _one_of("method", self.method, tuple(METHODS))
+        _one_of("selection", self.selection, (*SELECTIONS, None))
+        _one_of("ranges", self.ranges, (*RANGES, None))
         _one_of("attention", self.attention, ("float", "int8"))
         _one_of("deploy", self.deploy, (None, "onnxruntime"))
         _at_least("calib_samples", self.calib_samples, 1)
@@ -133,14 +144,16 @@ class QuantConfig:
         _at_least("reconstruction.iters", self.reconstruction.iters, 0)
         _at_least("reconstruction.batch", self.reconstruction.batch, 1)
         _at_least("reconstruction.max_layers", self.reconstruction.max_layers, 1)
-        for name in ("lr_weight", "lr_scale", "layer_loss_weight", "rounding_weight"):
-            _at_least(f"reconstruction.{name}", getattr(self.reconstruction, name), 0)
+        for name in ("lr_weight", "lr_scale", "block_loss_weight", "layer_loss_weight", "rounding_weight"):
+            _at_least(f"reconstruction.{name}", getattr(self.reconstruction, name) or 0.0, 0)
+        if self.recipe.phases and not self.recipe.block_loss_weight and not self.recipe.layer_loss_weight:
+            raise ConfigError("reconstruction: block_loss_weight and layer_loss_weight are both 0: nothing to minimise")
         _at_least("tdac.trajectories", self.tdac.trajectories, 1)
         _at_least("tdac.diversity_weight", self.tdac.diversity_weight, 0)
         _at_least("tdac.min_per_step", self.tdac.min_per_step, 0)
         if self.tdac.radius is not None:
             _at_least("tdac.radius", self.tdac.radius, 0)
-        _in_range("reconstruction.qdrop", self.reconstruction.qdrop, 0.0, 1.0)
+        _in_range("reconstruction.qdrop", self.reconstruction.qdrop or 0.0, 0.0, 1.0)
         _in_range("tdac.radius_quantile", self.tdac.radius_quantile, 0.0, 1.0)
         _in_range("promoted_share", self.promoted_share, 0.0, 1.0)
         for rule in self.rules:
@@ -153,13 +166,26 @@ class QuantConfig:
         return f"w{self.weight_bits}a{self.act_bits}"
 
     @property
-    def is_baseline(self) -> bool:
-        """Whether this is the round-to-nearest baseline (strict widths, no correction, no reconstruction)."""
-        return self.method == "minmax"
+    def recipe(self) -> Method:
+        """The method with the settings that were given in place of its own."""
+        given = {
+            name: value
+            for source in (self, self.reconstruction)
+            for name in _OVERRIDES
+            if (value := getattr(source, name, None)) is not None
+        }
+        return dataclasses.replace(METHODS[self.method], **given)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able form; `from_dict` inverts it."""
         return dataclasses.asdict(self)
+
+
+#: Settings that take the place of a method's own.
+_OVERRIDES = (
+    "selection", "ranges", "symmetric", "split", "mean_correction", "block_loss_weight", "layer_loss_weight", "qdrop",
+    "rounding_weight",
+)  # fmt: skip
 
 
 def from_dict(values: dict[str, Any], where: str = "configuration") -> QuantConfig:

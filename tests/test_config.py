@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from edadm_compile.config import LayerRule, QuantConfig, ReconstructionConfig, T
 from edadm_compile.driver.compile import make_config
 from edadm_compile.driver.options import parse_shape
 from edadm_compile.errors import ConfigError, InputError
+from edadm_compile.methods import METHODS
 
 _TOML = """
 weight_bits = 8
@@ -63,7 +65,6 @@ def test_the_engine_a_program_is_for_comes_from_the_file_or_the_command_line(tmp
 
 def test_names():
     assert QuantConfig().name == "w4a8" and QuantConfig(8, 16).name == "w8a16"
-    assert QuantConfig(method="minmax").is_baseline and not QuantConfig().is_baseline
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,10 @@ def test_unreadable_files_are_explained(tmp_path):
         ({"weight_bits": 1}, "weight_bits: got 1, allowed 2, 3, 4, 5, 6, 7, 8"),
         ({"weight_bits": 16}, "weight_bits"),
         ({"act_bits": 9}, "act_bits: got 9, allowed 2, 3, 4, 5, 6, 7, 8, 16"),
-        ({"method": "magic"}, "method: got 'magic', allowed eda-dm, minmax"),
+        ({"method": "magic"}, "method: got 'magic', allowed default, eda-dm, q-diffusion, tfmq-dm, ptq4dm, minmax"),
+        ({"selection": "best"}, "selection: got 'best', allowed tdac, density, diversity, uniform, normal$"),
+        ({"ranges": "max"}, "ranges: got 'max', allowed mse, l2.4, minmax$"),
+        ({"reconstruction": ReconstructionConfig(block_loss_weight=0, layer_loss_weight=0)}, "nothing to minimise"),
         ({"attention": "int4"}, "attention"),
         ({"deploy": "tensorrt"}, "deploy: got 'tensorrt', allowed onnxruntime$"),
         ({"deploy": ""}, "deploy: got '', allowed onnxruntime"),
@@ -159,6 +163,31 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         {"weights_bits": 3, "acts_bits": 16, "attention": "int8", "method": "minmax"}, None
     ) == QuantConfig(3, 16, attention="int8", method="minmax")
     assert make_config({"preset": "w4a8", "weights_bits": 4}, None) == QuantConfig(4, 8)
+
+
+def test_what_is_given_takes_the_place_of_the_methods_own():
+    released = QuantConfig(method="eda-dm").recipe
+    assert (released.symmetric, released.qdrop, released.selection, released.edges) == (True, 0.5, "tdac", False)
+    given = QuantConfig(
+        method="eda-dm", symmetric=False, selection="uniform", split=False, mean_correction=True,
+        reconstruction=ReconstructionConfig(qdrop=0.0),
+    ).recipe  # fmt: skip
+    changed = {"symmetric": False, "qdrop": 0.0, "selection": "uniform", "split": False, "mean_correction": True}
+    assert given == dataclasses.replace(released, **changed)
+    assert QuantConfig().recipe == METHODS["default"]
+
+
+def test_switches_of_the_command_line(tmp_path):
+    config = make_config(
+        {"method": "q-diffusion", "loss": "layer", "qdrop": 0.25, "split": False, "selection": "density"}, None
+    )
+    recipe = config.recipe
+    assert (recipe.block_loss_weight, recipe.layer_loss_weight, recipe.qdrop) == (0.0, 1.0, 0.25)
+    assert (recipe.split, recipe.selection, recipe.rounding_weight) == (False, "density", 0.01)
+    path = tmp_path / "a.toml"
+    path.write_text("[reconstruction]\nlayer_loss_weight = 0.5")
+    assert make_config({"iters": 3}, path).recipe.layer_loss_weight == 0.5
+    assert make_config({"loss": "block"}, path).recipe.layer_loss_weight == 0.0
 
 
 @pytest.mark.parametrize(("option", "shown"), [("weights_bits", "--weights-bits 3"), ("acts_bits", "--acts-bits 3")])

@@ -106,10 +106,7 @@ def collect(
     """
     trajectories, features = _score_batch(program, config, generator, pool, advance)
     steps = len(features)
-    if config.tdac.enabled and not config.is_baseline:
-        allocation = tdac.tdac(features, config.calib_samples, config.tdac)
-    else:
-        allocation = tdac.uniform(steps, config.calib_samples)
+    allocation = tdac.choose(config.recipe.selection, features, trajectories.t, config.calib_samples, config.tdac)
     assigned = torch.repeat_interleave(torch.arange(steps), allocation.counts)
     x = sampler.draw_noise(program.signature, assigned.numel(), generator)
     conditions = sampler.draw_conditions(program.signature, assigned.numel(), generator, pool)

@@ -127,3 +127,41 @@ def uniform(steps: int, samples: int) -> Allocation:
     counts = torch.round(marks).long().diff()
     zeros = torch.zeros(steps, dtype=torch.float64)
     return Allocation(counts, zeros, zeros, 0.0)
+
+
+#: PTQ4DM (arXiv 2211.15736): timesteps around this share of the schedule, with this spread, are taken most often.
+_CENTRE, _SPREAD = 0.4, 0.4
+
+
+def normal(t: Tensor, samples: int) -> Allocation:
+    """Samples in proportion to a normal density over the timesteps, leaning towards the less noisy half.
+
+    Args:
+        t: timestep of each step [T].
+    """
+    times = t.double()
+    share = (times - times.min()) / (times.max() - times.min()).clamp(min=1e-12)
+    weights = torch.exp(-0.5 * ((share - _CENTRE) / _SPREAD).square())
+    zeros = torch.zeros_like(weights)
+    return Allocation(allocate(weights, samples, 0), zeros, zeros, 0.0)
+
+
+def choose(selection: str, features: list[Tensor], t: Tensor, samples: int, config: TdacConfig) -> Allocation:
+    """The allocation that a method asks for.
+
+    Args:
+        selection: one of `edadm_compile.methods.SELECTIONS`.
+        features, t: of each sampler step.
+
+    Raises:
+        CalibrationError: features are not finite.
+    """
+    if selection == "uniform":
+        return uniform(len(features), samples)
+    if selection == "normal":
+        return normal(t, samples)
+    if selection == "tdac":
+        return tdac(features, samples, config)
+    density, diversity, radius = score(features, config)
+    weights = density if selection == "density" else diversity
+    return Allocation(allocate(weights, samples, config.min_per_step), density, diversity, radius)

@@ -121,6 +121,14 @@ def compile_model(
     return result
 
 
+#: ``--loss``.
+_LOSSES = {
+    "block": {"block_loss_weight": 1.0, "layer_loss_weight": 0.0},
+    "layer": {"block_loss_weight": 0.0, "layer_loss_weight": 1.0},
+    "both": {"block_loss_weight": 1.0, "layer_loss_weight": 1.0},
+}
+
+
 def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfig:
     """Settings from a file with command-line options on top.
 
@@ -132,7 +140,8 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
     if preset is not None:
         values["weight_bits"], values["act_bits"] = PRESETS[preset]
     names = {"weights_bits": "weight_bits", "acts_bits": "act_bits", "method": "method", "uniform": "uniform",
-             "attention": "attention", "deploy": "deploy", "seed": "seed", "calib_samples": "calib_samples"}  # fmt: skip
+             "attention": "attention", "deploy": "deploy", "seed": "seed", "calib_samples": "calib_samples",
+             "selection": "selection", "split": "split"}  # fmt: skip
     for option, name in names.items():
         value = options.get(option)
         if value is not None:
@@ -141,9 +150,11 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
                     f"--{preset} and --{option.replace('_', '-')} {value} contradict each other; give one of them"
                 )
             values[name] = value
-    if options.get("iters") is not None:
-        listed = values.get("reconstruction", {})
-        values["reconstruction"] = {**listed, "iters": options["iters"]} if isinstance(listed, dict) else listed
+    trained = {name: options[name] for name in ("iters", "qdrop") if options.get(name) is not None}
+    trained |= _LOSSES.get(str(options.get("loss")), {})
+    listed = values.get("reconstruction", {})
+    if trained and isinstance(listed, dict):
+        values["reconstruction"] = {**listed, **trained}
     return from_dict(values, str(config_file) if config_file else "command line")
 
 

@@ -65,11 +65,7 @@ class AssignWidths:
             node.meta["layer"] = _default_info(program, node, role, ctx)
         _annotate_products(program, ctx)
         stats: dict[str, Any] = {}
-        if (
-            not ctx.config.uniform
-            and not ctx.config.is_baseline
-            and min(ctx.config.weight_bits, ctx.config.act_bits) < 8
-        ):
+        if not ctx.config.uniform and ctx.config.recipe.edges and min(ctx.config.weight_bits, ctx.config.act_bits) < 8:
             stats = _promote(program, ctx)
         _apply_rules(program, ctx)
         return PassResult(program, True, {**stats, "average_bits": average_bits(program)})
@@ -116,10 +112,13 @@ def _default_info(program: Program, node: fx.Node, role: str, ctx: Context) -> L
     kind = LAYER_OPS[op_name(node.target)]
     shape = tuple(layer_weight(program, node).shape)
     info = LayerInfo(layer_name(node), kind, shape, role, config.weight_bits, config.act_bits)
+    if role == "time" and not config.recipe.time_tables:
+        role = "inner"  # the method quantizes the time path like everything else
+        info = replace(info, role=role)
     reason = _no_lowering(node, kind, role)
     if reason:
         return replace(info, weight_bits=32, act_bits=32, note=reason)
-    strict = config.uniform or config.is_baseline
+    strict = config.uniform or not config.recipe.edges
     if role == "stem":
         note = "reads x" if strict else "reads x: 16-bit input as two int8 terms"
         return replace(info, weight_bits=8, act_bits=8 if strict else 16, note=note)

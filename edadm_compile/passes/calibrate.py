@@ -12,10 +12,17 @@ from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, get_constant, layer_of
 from edadm_compile.ir.subgraph import output_of
+from edadm_compile.methods import Method
 from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
-from edadm_compile.quant.observers import affine_from_range, minmax_weight, search_activation, search_weight
+from edadm_compile.quant.observers import (
+    affine_from_range,
+    minmax_weight,
+    search_activation,
+    search_symmetric,
+    search_weight,
+)
 from edadm_compile.quant.spec import QuantSpec
 
 #: Values kept of each activation for the range search, over the whole calibration set.
@@ -46,19 +53,26 @@ class Calibrate:
         _observe(program, observers, {pixels_of(node): o for node, o in outputs.items()}, ctx)
         ctx.progress.stage("ranges", len(quantizers) + len(outputs))
         for node, quantizer in quantizers:
-            scale, zero_point = observers[node].affine(quantizer.spec, node.name, minmax=ctx.config.is_baseline)
+            scale, zero_point = observers[node].affine(quantizer.spec, node.name, ctx.config.recipe)
             quantizer.set_affine(scale, zero_point)
             ctx.progress.advance(1, node.name)
         for node, observer in outputs.items():
-            _set_output(program, node, observer, minmax=ctx.config.is_baseline)
+            _set_output(program, node, observer, minmax=ctx.config.recipe.ranges == "minmax")
             ctx.progress.advance(1, node.name)
         for node, weight_quantizer in weight_quantizers(program):
             weight = get_constant(program.graph_module, str(node.args[0].target))  # type: ignore[union-attr]
             _check_finite(weight, str(node.args[0].target))  # type: ignore[union-attr]
-            search = minmax_weight if ctx.config.is_baseline else search_weight
-            weight_quantizer.set_scale(search(weight, weight_quantizer.spec))
+            weight_quantizer.set_scale(_weight_scale(weight, weight_quantizer.spec, ctx.config.recipe.ranges))
         ranges = {node.name: [o.low, o.high] for node, o in observers.items()}
         return PassResult(program, True, {"ranges": ranges})
+
+
+#: Power of the error that a search minimises.
+_POWERS = {"mse": 2.0, "l2.4": 2.4}
+
+
+def _weight_scale(weight: Tensor, spec: QuantSpec, ranges: str) -> Tensor:
+    return minmax_weight(weight, spec) if ranges == "minmax" else search_weight(weight, spec, power=_POWERS[ranges])
 
 
 def activation_quantizers(program: Program) -> Iterator[tuple[fx.Node, ActFakeQuant]]:
@@ -96,7 +110,8 @@ class _Observer:
         picked = torch.randint(0, flat.numel(), (min(keep, flat.numel()),), generator=generator)
         self.parts.append(flat[picked])
 
-    def affine(self, spec: QuantSpec, name: str, *, minmax: bool) -> tuple[Tensor, Tensor]:
+    def affine(self, spec: QuantSpec, name: str, method: Method) -> tuple[Tensor, Tensor]:
+        minmax = method.ranges == "minmax"
         if not (self.high - self.low < float("inf")):
             raise CalibrationError(
                 f"activation {name} is not finite on the calibration set (range {self.low} to {self.high})"
@@ -104,7 +119,8 @@ class _Observer:
         if minmax or spec.bits == 16:  # 16 bits: clipping costs more than resolution
             margin = 1.0 if minmax else 1.25  # unseen noise reaches beyond the calibration set
             return affine_from_range(torch.tensor([self.low * margin]), torch.tensor([self.high * margin]), spec)
-        return search_activation(torch.cat(self.parts), self.low, self.high, spec)
+        search = search_symmetric if method.symmetric else search_activation
+        return search(torch.cat(self.parts), self.low, self.high, spec, power=_POWERS[method.ranges])
 
 
 def _set_output(program: Program, node: fx.Node, observer: ChannelObserver, *, minmax: bool) -> None:

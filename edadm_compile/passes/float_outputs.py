@@ -47,7 +47,7 @@ class FloatOutputs:
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Measure and annotate."""
         nodes = [n for n in program.graph_module.graph.nodes if writes_codes(n, layer_of(n))]
-        if ctx.config.uniform or ctx.config.is_baseline or not nodes:
+        if ctx.config.uniform or not ctx.config.recipe.edges or not nodes:
             return PassResult(program, False, {"float_outputs": []})
         if sum(layer_weight(program, n).numel() for n in nodes) > MEASURE_LIMIT:
             chosen, errors = [n for n in nodes if can_be_float(n, layer_of(n))][:_UNMEASURED], {}

@@ -35,7 +35,7 @@ class MeanCorrection:
         trajectories = ctx.calibration.trajectories
         keys, order = trajectories.t.double().unique(return_inverse=True)
         fixed = program.signature.min_batch == program.signature.max_batch
-        if ctx.config.is_baseline or not ctx.config.mean_correction or trajectories.prediction.dim() != 5:
+        if not ctx.config.recipe.mean_correction or trajectories.prediction.dim() != 5:
             return PassResult(program, False)
         rows = torch.zeros(keys.numel(), trajectories.prediction.shape[2], dtype=torch.float64)
         visits = torch.bincount(order, minlength=keys.numel())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from edadm_compile.config import ReconstructionConfig
+from edadm_compile.config import QuantConfig
 from edadm_compile.ir.analysis import layer_weight
 from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import Program
@@ -39,37 +41,70 @@ class Reconstruct:
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Reconstruct every unit in execution order."""
-        config = ctx.config.reconstruction
-        if config.iters == 0 or ctx.config.is_baseline:
+        config, method = ctx.config.reconstruction, ctx.config.recipe
+        if config.iters == 0 or not method.phases:
             return PassResult(program, False, {"units": []})
         units = find_units(program, config.max_layers)
-        streams = Streams(program, units, ctx.calibration.inputs)
-        ctx.progress.stage("reconstruct", len(units) * config.iters)
+        ctx.progress.stage("reconstruct", len(method.phases) * len(units) * config.iters)
         reports: list[dict[str, Any]] = []
-
-        def train(unit: Unit) -> None:
-            number = len(reports)
-            trainer = _Trainer(program, unit, streams, config, ctx.generator(100 + number))
-            label = f"block {number + 1}/{len(units)} {unit.name}"
-            reports.append({"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers)} | trainer.run(ctx, label))
-
-        streams.advance(train)
+        for phase in method.phases:
+            with weights_only(program, phase == "weights"):
+                streams = Streams(program, units, ctx.calibration.inputs)
+                reports += _train_units(program, units, streams, phase, ctx, len(reports))
         return PassResult(program, True, {"units": reports})
+
+
+def _train_units(
+    program: Program, units: Sequence[Unit], streams: Streams, phase: str, ctx: Context, done: int
+) -> list[dict[str, Any]]:
+    """One pass over the network; returns a report for each unit."""
+    reports: list[dict[str, Any]] = []
+
+    def train(unit: Unit) -> None:
+        generator = ctx.generator(100 + done + len(reports))
+        trainer = _Trainer(program, unit, streams, ctx.config, phase, generator)
+        label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
+        told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
+        reports.append(told | trainer.run(ctx, label))
+
+    streams.advance(train)
+    return reports
+
+
+@contextmanager
+def weights_only(program: Program, on: bool) -> Iterator[None]:
+    """While `on`, activations are not quantized."""
+    modules = program.graph_module.modules()
+    quantizers = [m for m in modules if on and isinstance(m, ActFakeQuant) and m.enabled]
+    for module in quantizers:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in quantizers:
+            module.enabled = True
 
 
 class _Trainer:
     """Optimises one unit."""
 
     def __init__(
-        self, program: Program, unit: Unit, streams: Streams, config: ReconstructionConfig, generator: torch.Generator
+        self,
+        program: Program,
+        unit: Unit,
+        streams: Streams,
+        config: QuantConfig,
+        phase: str,
+        generator: torch.Generator,
     ) -> None:
-        self.program, self.unit, self.config, self.generator = program, unit, config, generator
+        self.program, self.unit, self.generator = program, unit, generator
+        self.config, self.method, self.phase = config.reconstruction, config.recipe, phase
         self.closure = streams.closure(unit)
         self.inputs = streams.stored_inputs(self.closure)
         self.float_in = {n: streams.float_values[n] for n in self.inputs}
         self.quant_in = {n: streams.quant_values[n] for n in self.inputs}
         self.watched = [n for n in unit.layers if n is not unit.output]
-        if config.layer_loss_weight == 0:
+        if self.method.layer_loss_weight == 0:
             self.watched = []
         self.streams = streams
         self.targets = streams.float_targets(self.closure, [unit.output, *self.watched])
@@ -95,7 +130,11 @@ class _Trainer:
         """Train, fix the roundings, and return losses before and after."""
         config = self.config
         before = self._mean_loss()
-        optimizer = torch.optim.Adam(self._parameter_groups())
+        groups = self._parameter_groups()
+        if not groups:  # only scales are trained, and no activation in this unit has one of its own
+            ctx.progress.advance(config.iters, label)
+            return {"before": before, "after": before}
+        optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters)
         self._set_drop(True)
         every = max(1, config.iters // 20)
@@ -114,11 +153,11 @@ class _Trainer:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         narrow: list[nn.Parameter] = []
         wide: list[nn.Parameter] = []
-        for _, quantizer, weight in self.weights:
+        for _, quantizer, weight in self.weights if self.phase != "scales" else ():
             alpha = quantizer.start_rounding(weight)
             (narrow if quantizer.spec.bits <= 4 else wide).append(alpha)
         scales = []
-        for activation in self.activations:
+        for activation in self.activations if self.phase != "weights" else ():
             if activation.enabled and activation.spec.bits < 16:
                 activation.log_scale.requires_grad_(True)
                 scales.append(activation.log_scale)
@@ -139,12 +178,18 @@ class _Trainer:
     def _loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
         run_nodes(self.program.graph_module, self.closure, values)
-        out, targets = self.unit.output, self._sampled(rows)
-        loss: Tensor = (values[out] - targets[out]).square().mean() / self.energy[out]
+        targets = self._sampled(rows)
+        loss = self.method.block_loss_weight * self._error(self.unit.output, values, targets)
         for node in self.watched:
-            part = (values[node] - targets[node]).square().mean() / self.energy[node]
-            loss = loss + self.config.layer_loss_weight * part
+            loss = loss + self.method.layer_loss_weight * self._error(node, values, targets)
         return loss
+
+    def _error(self, node: fx.Node, values: dict[fx.Node, Any], targets: dict[fx.Node, Tensor]) -> Tensor:
+        """Mean squared error over the target's energy, or as released: summed over the second dimension."""
+        difference: Tensor = (values[node] - targets[node]).square()
+        if self.method.normalised:
+            return difference.mean() / self.energy[node]
+        return difference.sum(dim=1).mean() if difference.dim() > 1 else difference.mean()
 
     def _sampled(self, rows: Tensor) -> dict[fx.Node, Tensor]:
         """Targets of some samples: stored ones by row, others computed."""
@@ -155,28 +200,28 @@ class _Trainer:
 
     def _input(self, node: fx.Node, rows: Tensor, mix: bool) -> Tensor:
         quantized = self.quant_in[node][rows]
-        if not mix or self.config.qdrop == 0 or not quantized.is_floating_point():
+        if not mix or self.method.qdrop == 0 or not quantized.is_floating_point():
             return quantized
         return torch.where(self.pool.take(quantized.shape), self.float_in[node][rows], quantized)
 
     def _set_drop(self, on: bool) -> None:
-        active = on and self.config.qdrop > 0
-        self.pool = MaskPool(self.config.qdrop, self.generator)
+        active = on and self.method.qdrop > 0
+        self.pool = MaskPool(self.method.qdrop, self.generator)
         for activation in self.activations:
             activation.drop = self.pool if active else None
 
     def _regulariser(self, step: int) -> Tensor | float:
         """AdaRound's ``sum(1 - |2 h - 1|^b)``, b annealed from 20 to 2 after a warm-up of a fifth, per weight."""
-        if self.config.rounding_weight == 0 or step < 0.2 * self.config.iters:
+        if self.method.rounding_weight == 0 or self.phase == "scales" or step < 0.2 * self.config.iters:
             return 0.0
         fraction = (step / self.config.iters - 0.2) / 0.8
         b = 2 + 18 * (1 - fraction)
         total = sum((1 - (2 * q.soft_rounding() - 1).abs().pow(b)).mean() for _, q, _ in self.weights)
-        return self.config.rounding_weight * total
+        return self.method.rounding_weight * total
 
     def _finish(self) -> None:
         self._set_drop(False)
-        for _, quantizer, weight in self.weights:
+        for _, quantizer, weight in self.weights if self.phase != "scales" else ():
             quantizer.finish_rounding(weight)
         for activation in self.activations:
             activation.log_scale.requires_grad_(False)

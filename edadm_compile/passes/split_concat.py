@@ -35,7 +35,7 @@ class SplitConcat:
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Rewrite every matching layer."""
         count = 0
-        for node in list(program.graph_module.graph.nodes):
+        for node in list(program.graph_module.graph.nodes) if ctx.config.recipe.split else ():
             cat = _concat_input(node)
             if cat is not None:
                 _split(program, node, cat)

@@ -17,7 +17,7 @@ from edadm_compile.passes.insert_quant import layer_name
 
 @dataclass(frozen=True)
 class FoldTimePath:
-    """Float graph to float graph with table inputs.
+    """Float graph to float graph with table inputs; a method that quantizes the time path leaves it as it is.
 
     1. a value computed from t and constants only, read by a node that needs more → an input ``time_k`` [B, ...] whose
        rows are looked up in a table with one row per sampler step
@@ -33,7 +33,7 @@ class FoldTimePath:
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Fold the time path, if there is one."""
         graph = program.graph_module.graph
-        frontier = _frontier(program)
+        frontier = _frontier(program) if ctx.config.recipe.time_tables else []
         if not frontier:
             return PassResult(program, False, {"tables": 0})
         path = _path_module(program, frontier)

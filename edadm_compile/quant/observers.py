@@ -34,9 +34,9 @@ def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tenso
 
 
 def search_activation(
-    sample: Tensor, low: float, high: float, spec: QuantSpec, *, grid: int = 16
+    sample: Tensor, low: float, high: float, spec: QuantSpec, *, grid: int = 16, power: float = 2.0
 ) -> tuple[Tensor, Tensor]:
-    """Per-tensor scale and zero point with the smallest mean squared error on `sample`.
+    """Per-tensor scale and zero point with the smallest mean |error|^power on `sample`.
 
     Two-stage grid over shrink factors of both ends: a coarse `grid` x `grid` search over (0, 1], then a fine one
     around the best. One-sided tensors (softmax, ReLU) only search the end that exists. Candidates are evaluated
@@ -59,12 +59,39 @@ def search_activation(
         hi_f = shrink if stage == 0 else _around(best[1], step, grid)
         pairs = _pairs(lo_f, hi_f, ends, spec.symmetric)
         scale, zero = affine_from_range(pairs[:, 0] * ends[0], pairs[:, 1] * ends[1], spec)
-        errors = torch.cat([_mse(sample, s, z, spec) for s, z in zip(scale.split(32), zero.split(32), strict=True)])
+        errors = torch.cat(
+            [_error(sample, s, z, spec, power) for s, z in zip(scale.split(32), zero.split(32), strict=True)]
+        )
         winner = int(torch.argmin(errors))
         if float(errors[winner]) < least:  # the fine grid need not contain the coarse winner
             best, least = (float(pairs[winner, 0]), float(pairs[winner, 1])), float(errors[winner])
             chosen = (scale[winner : winner + 1].clone(), zero[winner : winner + 1].clone())
     return chosen
+
+
+def search_symmetric(
+    sample: Tensor, low: float, high: float, spec: QuantSpec, *, candidates: int = 100, power: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Scale with the smallest mean |error|^power among 1..100 % of the extreme, zero point in the middle.
+
+    Values of one sign use all codes: their zero point is the first or the last code. As EDA-DM's released quantizer,
+    with its zero point pinned (a tie there picks one of two neighbours at random).
+
+    Args:
+        sample, low, high: as in `search_activation`.
+
+    Returns:
+        (scale [1], zero_point [1]), float32.
+    """
+    one_sided = low >= 0 or high <= 0
+    codes = spec.qmax - spec.qmin if one_sided else spec.qmax
+    zero = float(spec.qmin if low >= 0 else spec.qmax if high <= 0 else (spec.qmin + spec.qmax + 1) // 2)
+    ends = max(high, -low) * torch.arange(1, candidates + 1, dtype=torch.float32) / candidates
+    scale = (ends / codes).clamp(min=MIN_SCALE)
+    zeros = torch.full_like(scale, zero)
+    pairs = zip(scale.split(32), zeros.split(32), strict=True)
+    winner = int(torch.argmin(torch.cat([_error(sample, s, z, spec, power) for s, z in pairs])))
+    return scale[winner : winner + 1].clone(), zeros[:1].clone()
 
 
 def search_outputs(
@@ -106,14 +133,18 @@ def _pairs(lo_f: Tensor, hi_f: Tensor, ends: tuple[float, float], symmetric: boo
     return torch.cartesian_prod(lo_f, hi_f)
 
 
-def _mse(sample: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+def _error(sample: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, power: float) -> Tensor:
     s, z = scale[:, None], zero[:, None]
     codes = torch.clamp(torch.round(sample / s) + z, spec.qmin, spec.qmax)
-    return ((codes - z) * s - sample).square().mean(dim=1)
+    return _powered((codes - z) * s - sample, power).mean(dim=1)
 
 
-def search_weight(weight: Tensor, spec: QuantSpec, *, candidates: int = 80) -> Tensor:
-    """Per-channel scales with the smallest squared rounding error.
+def _powered(error: Tensor, power: float) -> Tensor:
+    return error.square() if power == 2.0 else error.abs().pow(power)
+
+
+def search_weight(weight: Tensor, spec: QuantSpec, *, candidates: int = 80, power: float = 2.0) -> Tensor:
+    """Per-channel scales with the smallest sum of |rounding error|^power.
 
     Args:
         weight: float32, channels at `spec.axis`.
@@ -127,7 +158,7 @@ def search_weight(weight: Tensor, spec: QuantSpec, *, candidates: int = 80) -> T
     for i in range(candidates):
         scale = full * (1.0 - 0.8 * i / candidates)
         s = scale[:, None]
-        error = (torch.clamp(torch.round(rows / s), spec.qmin, spec.qmax) * s - rows).square().sum(dim=1)
+        error = _powered(torch.clamp(torch.round(rows / s), spec.qmin, spec.qmax) * s - rows, power).sum(dim=1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)

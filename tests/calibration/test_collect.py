@@ -74,7 +74,7 @@ def test_the_allocation_follows_the_configuration(labelled):
     _, program = labelled
     plain = collect(program, small_config(method="minmax"), torch.Generator().manual_seed(0))
     off = collect(
-        program, small_config(tdac=TdacConfig(enabled=False, trajectories=3)), torch.Generator().manual_seed(0)
+        program, small_config(selection="uniform", tdac=TdacConfig(trajectories=3)), torch.Generator().manual_seed(0)
     )
     assert plain.allocation.counts.tolist() == off.allocation.counts.tolist() == uniform(STEPS, 12).counts.tolist()
     scored = collect(program, small_config(), torch.Generator().manual_seed(0))

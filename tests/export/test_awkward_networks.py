@@ -149,7 +149,7 @@ def test_float_layers_are_listed_with_the_operator_that_runs(name, tmp_path):
 
 @pytest.mark.parametrize("consumer", ["cpu", "tensorrt"])
 def test_every_quantized_layer_is_counted_once(consumer, tmp_path):
-    config = QuantConfig(8, 8, **{**QUICK, "method": "eda-dm", "deploy": "onnxruntime"})
+    config = QuantConfig(8, 8, **{**QUICK, "method": "default", "deploy": "onnxruntime"})
     result = compile_source(source_of(make("asymmetric_pad"), steps=2), config, quality=False)
     write(to_artifact(result), tmp_path / "a.qmod")
     report = export.run(tmp_path / "a.qmod", tmp_path / "a.onnx", onnx_target=consumer, check=False)

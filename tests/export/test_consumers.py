@@ -23,7 +23,7 @@ from tests.lowering.plans import QUICK, inputs_of
 @pytest.fixture(scope="module")
 def compiled():
     torch.manual_seed(0)
-    config = QuantConfig(4, 8, **{**QUICK, "method": "eda-dm"})
+    config = QuantConfig(4, 8, **{**QUICK, "method": "default"})
     return compile_source(source_of(TinyUNet(classes=5), num_classes={"label": 5}), config, quality=False)
 
 

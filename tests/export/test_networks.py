@@ -32,7 +32,7 @@ CASES = [(name, "plain") for name in (*VARIANTS, "foreign", "labels")] + FURTHER
 
 @functools.cache
 def compiled(name: str, setting: str) -> CompileResult:
-    config = QuantConfig(8, 8, **{**QUICK, "method": "eda-dm", **SETTINGS[setting]})
+    config = QuantConfig(8, 8, **{**QUICK, "method": "default", **SETTINGS[setting]})
     if name == "labels":
         source = source_of(foreign.build_with_labels(), (3, foreign.SIZE, foreign.SIZE), 2, num_classes={"y": 4})
     elif name == "foreign":

@@ -62,7 +62,7 @@ def compiled(name: str, deploy: str | None) -> CompileResult:
         source = source_of(Wide().eval(), (3, 4, 4), 2)
     else:
         source = source_of(make(name), (3, 8, 8), 2)
-    settings = {**QUICK, "method": "eda-dm", "attention": "int8", "deploy": deploy}
+    settings = {**QUICK, "method": "default", "attention": "int8", "deploy": deploy}
     return compile_source(source, QuantConfig(4, 8, **settings), quality=False)
 
 

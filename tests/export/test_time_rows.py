@@ -72,7 +72,7 @@ def program(name: str) -> Program:
         source = source_of(TinyUNet(classes=5), steps=4, num_classes={"label": 5})
     else:
         source = source_of(make(name), steps=4)
-    config = QuantConfig(4, 8, **{**QUICK, "method": "eda-dm"})
+    config = QuantConfig(4, 8, **{**QUICK, "method": "default"})
     found = compile_source(source, config, quality=False).qdq
     # On random networks the mean correction is next to nothing: rows of its own tell them apart.
     assert found.time is not None and "time_correction" in found.time.tables

@@ -52,7 +52,7 @@ def narrow(name: str, weights: int, activations: int, deploy: str | None) -> Com
         source = source_of(foreign.build_with_labels(), (3, foreign.SIZE, foreign.SIZE), 2, num_classes={"y": 4})
     else:
         source = source_of(make(name), (3, 8, 8), 2)
-    settings = {**QUICK, "method": "eda-dm", "attention": "int8", "deploy": deploy}
+    settings = {**QUICK, "method": "default", "attention": "int8", "deploy": deploy}
     return compile_source(source, QuantConfig(weights, activations, **settings), quality=False)
 
 

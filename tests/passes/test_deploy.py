@@ -127,7 +127,7 @@ def test_calibrate_rule_3_the_same_ranges_as_a_record_without_deploy():
     assert records["a"].out_scale[3] == pytest.approx(float(channels[3].max() - channels[3].min()) / 255, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["minmax", "eda-dm"])
+@pytest.mark.parametrize("method", ["minmax", "default"])
 @pytest.mark.parametrize("deploy", [None, "onnxruntime"])
 def test_calibrate_rule_3_the_search_shrinks_both_ends_alike(deploy, method):
     after, _, channels = calibrated(small_config(deploy=deploy, method=method), flat=True)
@@ -138,7 +138,7 @@ def test_calibrate_rule_3_the_search_shrinks_both_ends_alike(deploy, method):
     whole, _ = affine_from_range(channels.amin(dim=1), channels.amax(dim=1), act_spec(8))
     steps = (1 - scale / whole) * 16 / 0.6
     assert float((steps - steps.round()).abs().max()) < 0.02 and set(steps.round().tolist()) <= set(range(16))
-    assert bool(steps.round().any()) == (method == "eda-dm")
+    assert bool(steps.round().any()) == (method == "default")
 
 
 def test_an_output_that_is_not_finite_is_refused_with_its_name():

@@ -37,8 +37,8 @@ class Upsampled(nn.Module):
 
 MODELS = {
     "strict": (lambda: TinyUNet(width=12), {}),
-    "sensitive": (lambda: TinyUNet(width=12), {"method": "eda-dm", "reconstruction": ReconstructionConfig(iters=4)}),
-    "phases": (Upsampled, {"method": "eda-dm"}),
+    "sensitive": (lambda: TinyUNet(width=12), {"method": "default", "reconstruction": ReconstructionConfig(iters=4)}),
+    "phases": (Upsampled, {"method": "default"}),
 }
 
 

@@ -135,14 +135,14 @@ def test_calibrate_rule_1_the_search_beats_min_max_on_the_data():
     calibration = random_calibration(program)
     x = calibration.x
     hidden = _hidden(program, x)
-    for method in ("eda-dm", "minmax"):
+    for method in ("default", "minmax"):
         fake, _ = apply(
             program, InsertQuant(), Calibrate(), config=small_config(method=method), calibration=calibration
         )
         (quantizer,) = [m for _, m in activation_quantizers(fake) if m.spec.bits == 4]
         with torch.no_grad():
             errors[method] = float((quantizer(hidden) - hidden).square().mean())
-    assert errors["eda-dm"] < errors["minmax"]
+    assert errors["default"] < errors["minmax"]
 
 
 def test_calibrate_rule_1_sixteen_bits_keep_a_margin():

@@ -83,7 +83,7 @@ class Transposed(nn.Module):
 
 
 def test_a_program_without_an_onnx_form_runs_on_the_reference_engine():
-    config = QuantConfig(**{**QUICK, "method": "eda-dm"})
+    config = QuantConfig(**{**QUICK, "method": "default"})
     artifact = to_artifact(compile_source(source_of(Transposed(), steps=2), config, quality=False))
     with pytest.raises(ExportError, match="layer stem"):
         from_artifact(artifact, engine="onnxruntime")
