@@ -136,8 +136,8 @@ class Benchmark:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "digits.qmod"
             size = write(to_artifact(result), path)
-            reference, images = self._measure(load(path, engine="reference").predict)
-            runtime, other = self._measure(load(path, engine="onnxruntime").predict)
+            reference, images = self.measure(load(path, engine="reference").predict)
+            runtime, other = self.measure(load(path, engine="onnxruntime").predict)
             exported = self._export(path)
         return {
             **reference,
@@ -148,7 +148,7 @@ class Benchmark:
             "compile_seconds": seconds,
         }
 
-    def _measure(self, model: Any) -> tuple[dict[str, float], Tensor]:
+    def measure(self, model: Any) -> tuple[dict[str, float], Tensor]:
         noise = compare_noise(self.float_model, model, self.source.sampler, self.fresh, self.fresh_conditions)
         images = self._sample(model)
         distances = psnr(self.images, images)
