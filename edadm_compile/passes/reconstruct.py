@@ -62,7 +62,7 @@ def _train_units(
 
     def train(unit: Unit) -> None:
         generator = ctx.generator(100 + done + len(reports))
-        trainer = _Trainer(program, unit, streams, ctx.config, phase, generator)
+        trainer = UnitTrainer(program, unit, streams, ctx.config, phase, generator)
         label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
         told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
         reports.append(told | trainer.run(ctx, label))
@@ -85,7 +85,7 @@ def weights_only(program: Program, on: bool) -> Iterator[None]:
             module.enabled = True
 
 
-class _Trainer:
+class UnitTrainer:
     """Optimises one unit."""
 
     def __init__(
@@ -140,7 +140,7 @@ class _Trainer:
         every = max(1, config.iters // 20)
         for step in range(config.iters):
             optimizer.zero_grad(set_to_none=True)
-            loss = self._loss(self._rows()) + self._regulariser(step)
+            loss = self.loss(self._rows()) + self._regulariser(step)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -175,7 +175,7 @@ class _Trainer:
         size = lowest if lowest == self.program.signature.max_batch else min(size, self.program.signature.max_batch)
         return torch.randint(0, total, (size,), generator=self.generator)
 
-    def _loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
+    def loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
         run_nodes(self.program.graph_module, self.closure, values)
         targets = self._sampled(rows)
