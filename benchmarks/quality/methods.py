@@ -154,7 +154,10 @@ def plot(out: Path, result: dict[str, Any]) -> None:
     widths = [w for w in WIDTHS if any(row["width"] == w for row in rows)]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
     for axis, name, label in zip(
-        axes, ("sqnr_db", "frechet_to_float"), ("noise prediction, dB", "Fréchet distance to float samples"), strict=True
+        axes,
+        ("sqnr_db", "frechet_to_float"),
+        ("noise prediction, dB", "Fréchet distance to float samples"),
+        strict=True,
     ):
         for number, method in enumerate(names):
             found = {row["width"]: row for row in rows if row["method"] == method}

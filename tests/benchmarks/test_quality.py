@@ -23,7 +23,12 @@ def test_every_row_is_a_configuration_of_its_own():
 def test_means_and_spreads(tmp_path):
     cells = {}
     for seed, value in enumerate((20.0, 21.0, 25.0)):
-        cells[f"a w4a8 {seed}"] = {"method": "a", "width": "w4a8", "seed": seed, **dict.fromkeys(methods.FIGURES, value)}
+        cells[f"a w4a8 {seed}"] = {
+            "method": "a",
+            "width": "w4a8",
+            "seed": seed,
+            **dict.fromkeys(methods.FIGURES, value),
+        }
     cells["b w8a8 0"] = {"method": "b", "width": "w8a8", "seed": 0, **dict.fromkeys(methods.FIGURES, 1.0)}
     first, second = methods.summary({"cells": cells})
     assert (first["method"], first["width"], first["seeds"]) == ("b", "w8a8", 1)  # widths in the table's order

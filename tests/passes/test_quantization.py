@@ -10,6 +10,7 @@ from edadm_compile.errors import CalibrationError
 from edadm_compile.evaluate.contract import check_layers
 from edadm_compile.ir.analysis import propagate_shapes
 from edadm_compile.ir.program import LayerInfo, TimeTables, get_constant, layer_of
+from edadm_compile.methods import METHODS
 from edadm_compile.passes.base import Context, run_passes
 from edadm_compile.passes.calibrate import Calibrate, _Observer, activation_quantizers, weight_quantizers
 from edadm_compile.passes.freeze import Freeze
@@ -183,7 +184,7 @@ def test_activations_that_are_not_finite_are_refused(bad, position):
     for batch in batches:
         observer.update(batch, 10, torch.Generator())
     with pytest.raises(CalibrationError, match="activation here is not finite"):
-        observer.affine(ActFakeQuant(act_spec(8)), "here", minmax=False)
+        observer.affine(ActFakeQuant(act_spec(8)), "here", METHODS["default"])
 
 
 # mean_correction

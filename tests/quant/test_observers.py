@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edadm_compile.quant.affine import dequantize, quantize, weight_codes
-from edadm_compile.quant.observers import affine_from_range, minmax_weight, search_activation, search_weight
+from edadm_compile.quant.observers import (
+    affine_from_range,
+    minmax_weight,
+    search_activation,
+    search_symmetric,
+    search_weight,
+)
 from edadm_compile.quant.spec import act_spec, weight_spec
 
 
@@ -114,3 +120,34 @@ def test_the_fine_search_never_loses_what_the_coarse_one_found():
     x, spec = torch.tensor([-2.0, -1.0, 0.0, 1.0] * 5), act_spec(2)
     scale, zero = search_activation(x, -4.0, 2.0, spec)
     assert _error(x, scale, zero, spec) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("shift", "zero"), [(0.0, 0.0), (9.0, -8.0), (-9.0, 7.0)], ids=["both signs", "positive", "negative"]
+)
+def test_symmetric_search_pins_the_zero_point(shift, zero):
+    """In the middle; at the first or last code where all values have one sign."""
+    sample = torch.randn(4000, generator=torch.Generator().manual_seed(1)) + shift
+    low, high = float(sample.min()), float(sample.max())
+    assert (low < 0 < high) == (shift == 0)
+    scale, found = search_symmetric(sample, low, high, act_spec(4))
+    assert float(found) == zero
+    errors = []
+    for share in range(1, 101):
+        s = max(high, -low) * share / 100 / (7 if shift == 0 else 15)
+        codes = torch.clamp(torch.round(sample / s) + zero, -8, 7)
+        errors.append((float(((codes - zero) * s - sample).square().mean()), s))
+    assert float(scale) == pytest.approx(min(errors)[1], rel=1e-6)
+
+
+def test_a_higher_power_minds_outliers_more():
+    generator = torch.Generator().manual_seed(2)
+    sample = torch.cat([torch.randn(5000, generator=generator), torch.full((3,), 30.0)])
+    low, high = float(sample.min()), float(sample.max())
+    for search in (search_activation, search_symmetric):
+        scales = [float(search(sample, low, high, act_spec(4), power=power)[0]) for power in (1.0, 2.0, 4.0)]
+        assert scales == sorted(scales) and scales[0] < scales[2]
+    weight = torch.randn(2, 400, generator=generator)
+    weight[0, 0] = 12.0
+    narrow, wide = (search_weight(weight, weight_spec(3), power=power) for power in (2.0, 8.0))
+    assert bool(narrow[0] < wide[0])
