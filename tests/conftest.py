@@ -9,7 +9,7 @@ import pytest
 
 from edadm_compile.driver.compile import to_artifact
 from edadm_compile.pipeline import compile_source
-from edadm_compile.runtime.artifact import to_bytes
+from edadm_compile.runtime.artifact import to_bytes, write
 from tests.graphs import TinyUNet, float_program, small_config, source_of
 
 
@@ -48,3 +48,17 @@ def artifact(compiled):
 def data(artifact):
     """The bytes of the file."""
     return to_bytes(artifact)
+
+
+@pytest.fixture
+def path(artifact, tmp_path):
+    """The same as a file."""
+    write(artifact, tmp_path / "tiny.qmod")
+    return tmp_path / "tiny.qmod"
+
+
+@pytest.fixture
+def old(tmp_path):
+    """An older file where the new one is to go."""
+    (tmp_path / "out.onnx").write_bytes(b"older")
+    return tmp_path / "out.onnx"

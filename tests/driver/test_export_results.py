@@ -20,27 +20,11 @@ from edadm_compile.pipeline import compile_source
 from edadm_compile.runtime.artifact import read, write
 from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.export.onnx_graphs import run_onnx
+from tests.exported_files import unharmed
 from tests.graphs import DDIM, source_of
 from tests.lowering.plans import QUICK
 from tests.models import foreign
 from tests.models.variants import make
-
-
-@pytest.fixture
-def path(artifact, tmp_path):
-    write(artifact, tmp_path / "tiny.qmod")
-    return tmp_path / "tiny.qmod"
-
-
-@pytest.fixture
-def old(tmp_path):
-    """An older file where the new one is to go."""
-    (tmp_path / "out.onnx").write_bytes(b"older")
-    return tmp_path / "out.onnx"
-
-
-def unharmed(old: Path) -> bool:
-    return old.read_bytes() == b"older" and not [p for p in old.parent.iterdir() if p.name.startswith(".")]
 
 
 def decibel(wanted: torch.Tensor, found: torch.Tensor) -> float:

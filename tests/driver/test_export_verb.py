@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -22,25 +21,9 @@ from edadm_compile.errors import ContractError, ExportError
 from edadm_compile.export.operators import codes, layers
 from edadm_compile.ir.program import SamplerSpec, layer_of
 from edadm_compile.runtime.artifact import write
+from tests.exported_files import unharmed
 from tests.graphs import DDIM
 from tests.lowering.plans import QUICK
-
-
-@pytest.fixture
-def path(artifact, tmp_path):
-    write(artifact, tmp_path / "tiny.qmod")
-    return tmp_path / "tiny.qmod"
-
-
-@pytest.fixture
-def old(tmp_path):
-    """An older file where the new one is to go."""
-    (tmp_path / "out.onnx").write_bytes(b"older")
-    return tmp_path / "out.onnx"
-
-
-def unharmed(old: Path) -> bool:
-    return old.read_bytes() == b"older" and [p.name for p in old.parent.iterdir() if p.name.startswith(".")] == []
 
 
 def test_the_report_is_complete(path, old):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import onnx
 import pytest
@@ -14,24 +13,7 @@ from edadm_compile.errors import ContractError
 from edadm_compile.export import time
 from edadm_compile.export.builder import Builder
 from edadm_compile.export.operators import FLOAT_TABLE, codes, layers
-from edadm_compile.runtime.artifact import write
-
-
-@pytest.fixture
-def path(artifact, tmp_path):
-    write(artifact, tmp_path / "tiny.qmod")
-    return tmp_path / "tiny.qmod"
-
-
-@pytest.fixture
-def old(tmp_path):
-    """An older file where the new one is to go."""
-    (tmp_path / "out.onnx").write_bytes(b"older")
-    return tmp_path / "out.onnx"
-
-
-def unharmed(old: Path) -> bool:
-    return old.read_bytes() == b"older" and not [p for p in old.parent.iterdir() if p.name.startswith(".")]
+from tests.exported_files import unharmed
 
 
 def doubled_scale(patch):
