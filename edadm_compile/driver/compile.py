@@ -102,7 +102,7 @@ def compile_model(
         batches: batch sizes of that code.
         progress: receives stages and steps.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
-            `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed).
+            `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
 
     Raises:
         EdadmError: see `edadm_compile.errors`.

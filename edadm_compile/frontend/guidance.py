@@ -93,9 +93,9 @@ def _number(text: str | int, spec: InputSpec, model: nn.Module | None) -> int:
     except ValueError:
         raise InputError(f'--null-label: got {text!r}, expected a label such as 10, or "last"') from None
     # With a model at hand, `check_null` finds out whether there is one embedding more than classes.
-    beyond = model is None and spec.num_classes is not None and label >= spec.num_classes
-    if label < 0 or beyond:
-        raise InputError(f"--null-label: got {label}, allowed 0 to {(spec.num_classes or 0) - 1 if beyond else '...'}")
+    if label < 0 or (model is None and spec.num_classes is not None and label >= spec.num_classes):
+        allowed = "0 or more" if spec.num_classes is None else f"0 to {spec.num_classes - 1}"
+        raise InputError(f"--null-label: got {label}, allowed is {allowed}")
     return label
 
 
@@ -162,12 +162,10 @@ def check_null(model: Callable[..., Tensor], signature: Signature, sampler: Samp
     except EdadmError:
         raise
     except Exception as error:  # any failure of foreign code
+        pairs = zip(signature.conditions, sampler.null, strict=True)
+        values = [f"{s.name}={int(n)}" if not n.dim() else s.name for s, n in pairs if n is not None]
+        classes = next((f" ({s.num_classes} labels are known)" for s in signature.conditions if s.num_classes), "")
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        values = {
-            s.name: int(n)
-            for s, n in zip(signature.conditions, sampler.null, strict=True)
-            if n is not None and not n.dim()
-        }
         raise InputError(
-            f"the model does not take the unconditional branch {values or _names(signature)}: {text}; see --null-label and --uncond"
+            f"the model fails on the unconditional branch {', '.join(values)}{classes}: {text}; give another --null-label or --uncond"
         ) from error
