@@ -91,6 +91,22 @@ def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def sampler_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say how a sampler calls the model, beside scheduler and steps."""
+    for option in (
+        click.option(
+            "--uncond",
+            metavar="FILE.safetensors|zeros",
+            help="Conditions of the unconditional branch, one row each, or zeros.",
+        ),
+        click.option("--null-label", metavar="K|last", help="Class label of the unconditional branch."),
+        click.option("--guidance", type=float, metavar="SCALE", help="Scale of classifier-free guidance (1: none)."),
+        click.option("--eta", type=float, help="Noise that DDIM adds, 0 (default) to 1."),
+    ):
+        function = option(function)
+    return function
+
+
 def device_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say which GPU code goes into a file."""
     for option in (
@@ -164,6 +180,7 @@ def main() -> None:
 )
 @device_options
 @source_options
+@sampler_options
 @click.option("--dump-graphs", type=_file, metavar="DIR", help="Write the graph after each pass.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 @_json
@@ -317,6 +334,7 @@ def export(artifact: Path, output: Path | None, quiet: bool, as_json: bool, **op
 @click.option("--engine", type=click.Choice(["onnxruntime", "reference"]), help="CPU engine (default: ONNX Runtime).")
 @click.option("--seed", type=int, default=0, show_default=True)
 @source_options
+@sampler_options
 @_json
 @_debug
 @guarded

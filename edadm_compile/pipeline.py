@@ -146,16 +146,16 @@ def compile_source(
 
 
 def _evaluations(program: Program, config: QuantConfig) -> int:
-    """Upper bound of model evaluations during calibration, for the progress bar."""
-    steps = len(sampler.timesteps(program.sampler))
-    return steps * (config.tdac.trajectories + config.calib_samples)
+    """Upper bound of model evaluations (rows) during calibration, for the progress bar."""
+    calls = len(sampler.timesteps(program.sampler)) * (2 if program.sampler.guided else 1)
+    return calls * (config.tdac.trajectories + config.calib_samples)
 
 
 def _quality(program: Program, lowered: Program, source: Source, ctx: Context) -> NoiseComparison:
     generator = ctx.generator(3)
     n = _QUALITY_TRAJECTORIES
     x = sampler.draw_noise(program.signature, n, generator)
-    conditions = sampler.draw_conditions(program.signature, n, generator, source.conditions)
+    conditions = sampler.draw_conditions(program.signature, n, generator, source.conditions, program.sampler.null)
     ctx.progress.stage("quality", len(sampler.timesteps(program.sampler)))
 
     def counted(*inputs: torch.Tensor) -> torch.Tensor:

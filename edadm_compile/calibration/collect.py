@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from edadm_compile.calibration import sampler, tdac
+from edadm_compile.calibration import guidance, sampler, tdac
 from edadm_compile.calibration.dataset import CalibrationSet, Trajectories
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
@@ -95,7 +95,8 @@ def collect(
 ) -> CalibrationSet:
     """Choose and collect calibration samples for a float program.
 
-    Each sample belongs to its own trajectory (its own noise and condition), run only down to its step.
+    Each sample belongs to its own trajectory (its own noise and condition), run only down to its step. Under guidance
+    each becomes two rows, (x, t, null) and (x, t, condition): the sampler calls the model with both.
 
     Args:
         pool: the user's condition tensors by name.
@@ -109,14 +110,16 @@ def collect(
     allocation = tdac.choose(config.recipe.selection, features, trajectories.t, config.calib_samples, config.tdac)
     assigned = torch.repeat_interleave(torch.arange(steps), allocation.counts)
     x = sampler.draw_noise(program.signature, assigned.numel(), generator)
-    conditions = sampler.draw_conditions(program.signature, assigned.numel(), generator, pool)
+    conditions = sampler.draw_conditions(program.signature, assigned.numel(), generator, pool, program.sampler.null)
     states = []
     for rows in torch.arange(assigned.numel()).split(_CHUNK):  # sorted by step: a chunk stops early together
         states.append(_run_down(program, x[rows], [c[rows] for c in conditions], assigned[rows], generator, advance))
     order = torch.randperm(assigned.numel(), generator=generator)
-    x, assigned = torch.cat(states)[order], assigned[order]
-    t = trajectories.t[assigned]
-    return CalibrationSet(x, t, tuple(c[order] for c in conditions), assigned, allocation, trajectories)
+    x, assigned, conditions = torch.cat(states)[order], assigned[order], [c[order] for c in conditions]
+    if program.sampler.guided:
+        conditions = guidance.interleaved(program.sampler, conditions)
+        x, assigned = x.repeat_interleave(2, dim=0), assigned.repeat_interleave(2)
+    return CalibrationSet(x, trajectories.t[assigned], tuple(conditions), assigned, allocation, trajectories)
 
 
 def _score_batch(
@@ -129,7 +132,7 @@ def _score_batch(
     tap = _FeatureTap(program, bottleneck(program))
     n = config.tdac.trajectories
     x = sampler.draw_noise(program.signature, n, generator)
-    conditions = sampler.draw_conditions(program.signature, n, generator, pool)
+    conditions = sampler.draw_conditions(program.signature, n, generator, pool, program.sampler.null)
     features: list[Tensor] = []
     states: list[Tensor] = []
     predictions: list[Tensor] = []
@@ -145,11 +148,12 @@ def _score_batch(
         states.append(x_in.clone())
         predictions.append(prediction)
         times.append(t)
-        advance(n, f"scoring t={t:g}")
+        advance(x_in.shape[0], f"scoring t={t:g}")
 
     sampler.sample(tap, program.sampler, x, conditions, generator=generator, hook=hook)
     t = torch.tensor(times, dtype=torch.float64).to(program.signature.inputs[1].dtype)
-    return Trajectories(torch.stack(states), torch.stack(predictions), t, tuple(conditions)), features
+    rows = tuple(guidance.both_branches(program.sampler, conditions))
+    return Trajectories(torch.stack(states), torch.stack(predictions), t, rows), features
 
 
 def _run_down(
@@ -165,8 +169,8 @@ def _run_down(
 
     def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
         here = assigned == index
-        result[here] = x_in[here]
-        advance(x.shape[0], f"collecting t={t:g}")
+        result[here] = x_in[: x.shape[0]][here]  # under guidance both halves of the batch are the same states
+        advance(x_in.shape[0], f"collecting t={t:g}")
 
     last = int(assigned.max())
     sampler.sample(program, program.sampler, x, conditions, generator=generator, hook=hook, stop_after=last + 1)

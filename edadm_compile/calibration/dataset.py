@@ -13,6 +13,8 @@ from edadm_compile.calibration.tdac import Allocation
 class CalibrationSet:
     """Model inputs for range search and reconstruction, and the float trajectories they were chosen from.
 
+    Under guidance rows 2k and 2k + 1 are sample k without and with its condition; N counts both.
+
     Attributes:
         x: float32 [N, C, H, W].
         t: [N], in the dtype of the model's timestep input.
@@ -38,6 +40,8 @@ class CalibrationSet:
 @dataclass(frozen=True)
 class Trajectories:
     """Float trajectories of one batch.
+
+    Under guidance its rows are those of the sampler's doubled batch: the first half without, the second with condition.
 
     Attributes:
         x: float32 [T, B, C, H, W], model inputs by sampler step.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.calibration import sampler
+from edadm_compile.calibration.guidance import null_rows
 from edadm_compile.errors import ContractError
 from edadm_compile.evaluate.metrics import sqnr
 from edadm_compile.ir.program import InputSpec, Program
@@ -50,6 +51,9 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     specs = program.signature.inputs
     conditions = [_condition(spec, batch, generator, pool or {}) for spec in specs[2:]]
+    if program.sampler.guided:  # a doubled batch, as far as it goes: a single image is one with condition
+        empty = null_rows(program.sampler, conditions)
+        conditions = [torch.cat((u[: batch // 2], c[batch // 2 :])) for u, c in zip(empty, conditions, strict=True)]
     steps = timesteps(program)
     chosen = steps[torch.linspace(0, len(steps) - 1, count).round().long()]
     return [

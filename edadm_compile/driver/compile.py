@@ -15,8 +15,9 @@ from torch import nn
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
 from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, options_of
-from edadm_compile.driver.options import load_options
+from edadm_compile.driver.options import guidance_options, load_options
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
+from edadm_compile.evaluate.compare import NoiseComparison
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import Program, SamplerSpec
 from edadm_compile.kernels.cubin import Bundle
@@ -67,7 +68,11 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     targets = "none" if config.deploy and request.targets is None else request.targets
     device_code = options_of(targets, request.batch, request.store)
     _check_device_code(config, device_code)
-    source = load_source(request.model, load_options(request.options))
+    loading = load_options(request.options)
+    eta = request.options.get("eta") or 0.0
+    source = load_source(
+        request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
+    )
     result = compile_source(source, config, progress, dump=_dumper(request.dump))
     start = time.perf_counter()
     bundle = build(result.lowered, device_code, progress)
@@ -97,7 +102,7 @@ def compile_model(
         batches: batch sizes of that code.
         progress: receives stages and steps.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
-            `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed).
+            `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
 
     Raises:
         EdadmError: see `edadm_compile.errors`.
@@ -160,7 +165,7 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
 
 def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact:
     """What goes into the file: programs, settings, provenance and quality; no times, so that bytes are reproducible."""
-    quality = None if result.quality is None else _finite(dataclasses.asdict(result.quality))
+    quality = None if result.quality is None else _quality(result.quality)
     manifest = {
         "config": result.config.to_dict(),
         "source": result.source,
@@ -195,12 +200,18 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
         "blocks": len(units),
         "bytes": {"fp32_parameters": 2 * result.float_bytes, "fp16_parameters": result.float_bytes, "file": size},
         "weights": totals(rows),
-        "sqnr_db": None if result.quality is None else _finite(dataclasses.asdict(result.quality)),
+        "sqnr_db": None if result.quality is None else _quality(result.quality),
         "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "total_seconds": round(sum(result.seconds.values()), 1),
         "float_layers": {row["layer"]: row["note"] for row in rows if row["executed"] == "float"},
         "notes": list(result.lowered.notes),
     }
+
+
+def _quality(quality: NoiseComparison) -> dict[str, Any]:
+    """Figures as plain values; those of the branches only under guidance."""
+    values = _finite(dataclasses.asdict(quality))
+    return {k: v for k, v in values.items() if k != "branches" or quality.branches is not None}
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edadm_compile.calibration import sampler
+from edadm_compile.calibration import guidance, sampler
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ContractError, ExportError, InputError
 from edadm_compile.evaluate.compare import compare_noise
@@ -19,6 +19,7 @@ from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.artifact import Artifact, read, write_atomically
 from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine, missing_packages
 from edadm_compile.runtime.engines.reference import ReferenceEngine
+from edadm_compile.runtime.sampler_json import sampler_to_json
 
 LAYOUTS = ("file", "diffusers")
 #: Sampler states on which layers and output are compared, and images of each.
@@ -79,7 +80,7 @@ def run(
     scales = "in the reconstruction" if trained else "calibrated afterwards"
     facts = {
         "target": onnx_target, "output_scales": scales if exported.target.output_codes else "none, outputs are float",
-        "sampler": vars(loaded.lowered.sampler), "source": loaded.manifest.get("source", {}).get("sha256", ""),
+        "sampler": sampler_to_json(loaded.lowered.sampler, loaded.lowered.signature), "source": loaded.manifest.get("source", {}).get("sha256", ""),
     }  # fmt: skip
     describe(exported.model, **facts)
     result: dict[str, Any] = {
@@ -185,7 +186,9 @@ def _quality(program: Program, engine: OnnxRuntimeEngine, source: Source) -> dic
     """Noise-prediction SQNR of the graph and of the reference engine against the float model, dB."""
     generator = torch.Generator().manual_seed(0)
     x = sampler.draw_noise(program.signature, _TRAJECTORIES, generator)
-    conditions = sampler.draw_conditions(program.signature, _TRAJECTORIES, generator, source.conditions)
+    conditions = sampler.draw_conditions(
+        program.signature, _TRAJECTORIES, generator, source.conditions, program.sampler.null
+    )
     graph, reference = (
         compare_noise(source.denoiser(), candidate, program.sampler, x, conditions)
         for candidate in (engine, ReferenceEngine(program))
@@ -203,18 +206,23 @@ def states(program: Program, engine: Any, pool: dict[str, Tensor], *, one_time: 
     fixed = signature.min_batch == signature.max_batch
     images = signature.min_batch if fixed else _IMAGES
     generator = torch.Generator().manual_seed(0)
+    images = -(-images // 2) if program.sampler.guided else images
     x = sampler.draw_noise(signature, images, generator)
-    conditions = sampler.draw_conditions(signature, images, generator, pool)
+    conditions = sampler.draw_conditions(signature, images, generator, pool, program.sampler.null)
+    # Under guidance half of the rows are without condition; a fixed batch of 1 keeps the one with.
+    rows = guidance.both_branches(program.sampler, conditions)
+    kept = slice(-signature.min_batch if fixed else 0, None)
     steps = len(sampler.timesteps(program.sampler))
     wanted = {steps // 2} if one_time or fixed else {round(i * (steps - 1) / (_STATES - 1)) for i in range(_STATES)}
     found: list[tuple[Tensor, Tensor]] = []
 
     def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
         if index in wanted:
-            found.append((x_in.clone(), torch.full((images,), t, dtype=torch.float64).to(signature.inputs[1].dtype)))
+            some = x_in[kept].clone()
+            found.append((some, torch.full((len(some),), t, dtype=torch.float64).to(signature.inputs[1].dtype)))
 
     sampler.sample(engine, program.sampler, x, conditions, generator=torch.Generator().manual_seed(0), hook=hook)
-    repeated = [c.repeat(len(found), *[1] * (c.dim() - 1)) for c in conditions]
+    repeated = [c[kept].repeat(len(found), *[1] * (c.dim() - 1)) for c in rows]
     return [torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), *repeated]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edadm_compile.errors import InputError
-from edadm_compile.frontend import LoadOptions
+from edadm_compile.frontend import GuidanceOptions, LoadOptions
 from edadm_compile.ir.program import SamplerSpec
 
 
@@ -25,6 +25,11 @@ def load_options(options: dict[str, Any], known_sampler: SamplerSpec | None = No
         trust_pickle=bool(options.get("trust_pickle")),
         known_sampler=known_sampler,
     )
+
+
+def guidance_options(options: dict[str, Any]) -> GuidanceOptions:
+    """Options that say what guidance a sampler uses."""
+    return GuidanceOptions(options.get("guidance"), options.get("null_label"), options.get("uncond"))
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from edadm_compile.calibration.sampler import draw_conditions, draw_noise, read_scheduler
+from edadm_compile.calibration.guidance import labels_in_turn
+from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler
 from edadm_compile.calibration.sampler import sample as run_sampler
-from edadm_compile.driver.options import load_options
+from edadm_compile.driver.options import guidance_options, load_options
 from edadm_compile.errors import InputError
 from edadm_compile.evaluate.metrics import psnr
-from edadm_compile.frontend import load_source, read_conditions
+from edadm_compile.frontend import guided_sampler, load_source, read_conditions
 from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.artifact import write_atomically
@@ -48,10 +49,11 @@ def run(
         EdadmError: unreadable files, or a reference that does not match.
     """
     model = load(artifact, engine=engine)
-    spec = chosen_sampler(model, options.get("scheduler"), options.get("steps"))
-    noise, conditions = inputs(model, count, seed, label, options.get("conditions"))
+    spec = chosen_sampler(model, options)
+    noise, conditions = inputs(model, spec, count, seed, label, options.get("conditions"))
     images = generate(spec, model.predict, noise, conditions, seed)
-    result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name}
+    result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name,
+                              "scheduler": spec.scheduler["_class_name"], "guidance": spec.guidance}  # fmt: skip
     rows = [images]
     if reference is not None:
         source = load_source(reference, load_options(options, spec))
@@ -63,18 +65,22 @@ def run(
             "worst": float(values.min()),
         }
         rows = [originals, images]
-    write_grid(rows, output, columns_for(model.signature, count))
+    if spec.guided and not model.sampler.guided:
+        result["note"] = (
+            "the file was calibrated without guidance: its quantizers have not seen the unconditional branch"
+        )
+    write_grid(rows, output, columns_for(model.signature, spec, count))
     return result
 
 
 def inputs(
-    model: CompiledModel, count: int, seed: int, label: int | None, pool: Path | None
+    model: CompiledModel, sampler: SamplerSpec, count: int, seed: int, label: int | None, pool: Path | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Noise and conditions for `count` images; labels in turn unless one is asked for."""
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(model.signature, count, generator)
     tensors = read_conditions(pool)
-    conditions = draw_conditions(model.signature, count, generator, tensors)
+    conditions = draw_conditions(model.signature, count, generator, tensors, sampler.null)
     if label is not None and not any(
         s.num_classes is not None and s.name not in tensors for s in model.signature.conditions
     ):
@@ -83,14 +89,31 @@ def inputs(
         if spec.num_classes is not None and spec.name not in tensors:
             if label is not None and not 0 <= label < spec.num_classes:
                 raise InputError(f"--label: got {label}, allowed 0 to {spec.num_classes - 1}")
-            conditions[index] = torch.arange(count) % spec.num_classes if label is None else torch.full((count,), label)
+            null = sampler.null[index] if sampler.null else None
+            in_turn = labels_in_turn(count, spec.num_classes, null)
+            conditions[index] = in_turn if label is None else torch.full((count,), label)
     return noise, conditions
 
 
-def chosen_sampler(model: CompiledModel, scheduler: Path | None, steps: int | None) -> SamplerSpec:
-    """The sampler the model was compiled for, unless another is asked for (its timesteps then miss the tables)."""
-    config = model.sampler.scheduler if scheduler is None else read_scheduler(scheduler)
-    return dataclasses.replace(model.sampler, scheduler=config, steps=model.sampler.steps if steps is None else steps)
+def chosen_sampler(model: CompiledModel, options: dict[str, Any]) -> SamplerSpec:
+    """The sampler the model was compiled for, unless another is asked for (its timesteps then miss the tables).
+
+    Args:
+        options: scheduler, steps, eta, guidance, null_label and uncond of the command line, None where not given.
+
+    Raises:
+        InputError: a sampler that cannot be made, or guidance without an unconditional branch.
+    """
+    scheduler, steps, eta = options.get("scheduler"), options.get("steps"), options.get("eta")
+    spec = model.sampler
+    if scheduler is not None:
+        spec = dataclasses.replace(spec, scheduler=read_scheduler(scheduler), eta=0.0)
+    spec = dataclasses.replace(
+        spec, steps=spec.steps if steps is None else steps, eta=spec.eta if eta is None else eta
+    )  # fmt: skip
+    spec = guided_sampler(spec, model.signature, guidance_options(options))
+    make_scheduler(spec)  # refuse a bad one before the float model is loaded
+    return spec
 
 
 def generate(spec: SamplerSpec, denoiser: Any, noise: Tensor, conditions: list[Tensor], seed: int) -> Tensor:
@@ -102,9 +125,14 @@ def generate(spec: SamplerSpec, denoiser: Any, noise: Tensor, conditions: list[T
     return torch.cat(parts)
 
 
-def columns_for(signature: Signature, count: int) -> int:
+def columns_for(signature: Signature, sampler: SamplerSpec, count: int) -> int:
     """Images per row: one of each class, else a near-square."""
-    classes = next((s.num_classes for s in signature.conditions if s.num_classes), None)
+    found = next((i for i, s in enumerate(signature.conditions) if s.num_classes), None)
+    classes = None
+    if found is not None:
+        number = signature.conditions[found].num_classes or 0
+        null = sampler.null[found] if sampler.null else None
+        classes = int(labels_in_turn(number, number, null).unique().numel())
     return min(count, classes) if classes and classes <= 20 else max(1, round(count**0.5))
 
 
@@ -137,8 +165,11 @@ def print_result(result: dict[str, Any]) -> None:
     """Print what was written."""
     out = console()
     out.print(
-        f"{result['count']} images, {result['steps']} steps on the {result['engine']} engine → {result['output']}"
+        f"{result['count']} images, {result['steps']} steps of {result['scheduler']}, guidance {result['guidance']:g}, on the "
+        f"{result['engine']} engine → {result['output']}"
     )
+    if "note" in result:
+        out.print(f"note: {result['note']}", highlight=False)
     if "psnr_db" in result:
         value = result["psnr_db"]
         out.print(

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from edadm_compile.calibration import sampler
+from edadm_compile.calibration import guidance, sampler
 from edadm_compile.config import QuantConfig
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ContractError, InputError
@@ -53,7 +53,8 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
     )
     generator = torch.Generator().manual_seed(seed)
     x = sampler.draw_noise(program.signature, count, generator)
-    conditions = sampler.draw_conditions(loaded.lowered.signature, count, generator, source.conditions)
+    null = program.sampler.null
+    conditions = sampler.draw_conditions(loaded.lowered.signature, count, generator, source.conditions, null)
     states = _states(program, x, conditions)
     layers = contract.check_layers(loaded.qdq, loaded.lowered, states)
     weights = contract.check_weights(loaded.qdq, _float_weights(program))
@@ -86,11 +87,12 @@ def _states(program: Program, x: Tensor, conditions: list[Tensor]) -> list[Tenso
     steps = len(sampler.timesteps(program.sampler))
     wanted = {0, steps // 2, steps - 1}
     rows: list[list[Tensor]] = []
+    inputs = guidance.both_branches(program.sampler, conditions)
 
     def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
         if index in wanted:
             batch_t = torch.full((x_in.shape[0],), t, dtype=torch.float64).to(program.signature.inputs[1].dtype)
-            rows.append([x_in.clone(), batch_t, *conditions])
+            rows.append([x_in.clone(), batch_t, *inputs])
 
     sampler.sample(program, program.sampler, x, conditions, generator=torch.Generator().manual_seed(0), hook=hook)
     return [torch.cat(column) for column in zip(*rows, strict=True)]

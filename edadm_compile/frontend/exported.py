@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from edadm_compile.calibration.schedulers import fractional_timestep
 from edadm_compile.errors import InputError
 from edadm_compile.frontend.source import Source
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
@@ -38,6 +39,12 @@ def load(path: Path, sampler: SamplerSpec, pool: dict[str, Tensor], origin: dict
             f"{path} is a torch.export archive that this torch {torch.__version__} cannot read: {str(error).splitlines()[0]}"
         ) from error
     signature = _signature(program, path, pool)
+    fractional = fractional_timestep(sampler)
+    if fractional is not None and not signature.inputs[1].dtype.is_floating_point:
+        raise InputError(
+            f'{path} takes whole timesteps, and the scheduler gives {fractional:g}; set its "timestep_spacing" to "leading" or '
+            '"trailing", or export the program with float timesteps'
+        )
     return Source(signature, sampler, None, program, {}, pool, origin)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from edadm_compile.calibration.sampler import make_scheduler, read_scheduler
 from edadm_compile.errors import EdadmError, InputError
 from edadm_compile.frontend import checkpoint, diffusers_folder, exported
+from edadm_compile.frontend.conditions import read_conditions
+from edadm_compile.frontend.guidance import GuidanceOptions
 from edadm_compile.frontend.source import Source, source_from_module
 from edadm_compile.ir.program import SamplerSpec
 
@@ -36,6 +38,7 @@ class LoadOptions:
         factory: ``package.module:callable`` that builds the module for a state-dict file.
         trust_pickle: open pickled modules.
         known_sampler: used when neither the options nor the files beside the model give one (a compiled model's).
+        guidance: scale and unconditional branch of classifier-free guidance.
     """
 
     shape: tuple[int, int, int] | None = None
@@ -46,6 +49,7 @@ class LoadOptions:
     factory: str | None = None
     trust_pickle: bool = False
     known_sampler: SamplerSpec | None = None
+    guidance: GuidanceOptions | None = None
 
 
 def load_source(path: Path, options: LoadOptions | None = None) -> Source:
@@ -55,6 +59,11 @@ def load_source(path: Path, options: LoadOptions | None = None) -> Source:
         InputError: what the file is, why it cannot be used, and what to do.
     """
     options = options or LoadOptions()
+    source = _load(path, options)
+    return source if options.guidance is None else source.guided(options.guidance)
+
+
+def _load(path: Path, options: LoadOptions) -> Source:
     if not path.exists():
         raise InputError(f"{path} does not exist")
     pool = read_conditions(options.conditions)
@@ -209,26 +218,6 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state dict")
     return state
-
-
-def read_conditions(path: Path | None) -> dict[str, Tensor]:
-    """Condition tensors [N, ...] by name from a safetensors file; none without a file.
-
-    Raises:
-        InputError: unreadable, or a tensor without rows.
-    """
-    if path is None:
-        return {}
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        raise InputError(f"--cond {path}: not a readable safetensors file: {error}") from None
-    empty = [name for name, value in tensors.items() if value.dim() == 0 or value.shape[0] == 0]
-    if empty:
-        raise InputError(f"--cond {path}: tensor {empty[0]!r} has no rows; expected [N, ...]")
-    return dict(tensors)
 
 
 def _scheduler_beside(path: Path) -> dict[str, Any] | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from edadm_compile.calibration.schedulers import fractional_timestep
 from edadm_compile.errors import InputError
+from edadm_compile.frontend.guidance import GuidanceOptions, check_null, guided_sampler
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.passes.capture import export_module, pick_tensor
 from edadm_compile.passes.trace import trace
 
@@ -62,8 +65,20 @@ class Source:
         extra = {"config": _plain(config)} if isinstance(config, Mapping) else {}
         return {**self.origin, "class": self.signature.source, "parameters": self.parameters(), **extra}
 
+    def guided(self, options: GuidanceOptions) -> Source:
+        """The same model with a sampler that uses guidance.
+
+        Raises:
+            InputError: contradicting or missing options, or a null condition that the model does not take.
+        """
+        sampler = guided_sampler(self.sampler, self.signature, options, self.module)
+        source = replace(self, sampler=sampler)
+        if sampler.null:
+            check_null(source.denoiser(), self.signature, sampler)
+        return source
+
     def denoiser(self) -> Any:
-        """The float model as ``(x, t, *conditions) -> noise``: the eager module, else the exported program."""
+        """The float model as ``(x, t, *conditions) -> prediction``: the eager module, else the exported program."""
         module = self.module
         if module is None:
             return trace(*self.export(), self.sampler).fork()
@@ -72,7 +87,8 @@ class Source:
 
         def call(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
             with torch.no_grad():
-                return pick_tensor(module(x, t.to(dtype), **dict(zip(names, conditions, strict=True)), **self.fixed))
+                given = dict(zip(names, conditions, strict=True))
+                return pick_tensor(module(x, as_timesteps(t, dtype), **given, **self.fixed))
 
         return call
 
@@ -98,6 +114,7 @@ def source_from_module(
     num_classes: dict[str, int] | None = None,
     fixed: dict[str, Any] | None = None,
     origin: dict[str, Any] | None = None,
+    guidance: GuidanceOptions | None = None,
 ) -> Source:
     """Wrap an eager module called as ``forward(x, t, *conditions)``.
 
@@ -105,6 +122,7 @@ def source_from_module(
         shape: [C, H, W] of x; inferred from the module's configuration where possible.
         conditions: example condition tensors [N, ...] by forward parameter name.
         num_classes: label conditions by name, drawn at random.
+        guidance: scale and unconditional branch of classifier-free guidance.
 
     Raises:
         InputError: something that cannot be inferred was not given.
@@ -121,9 +139,10 @@ def source_from_module(
         else:
             value = conditions[name]
             inputs.append(InputSpec(name, tuple(value.shape[1:]), value.dtype, "cond"))
-    inputs[1] = _timestep_spec(module, inputs, fixed or {})
+    inputs[1] = _timestep_spec(module, inputs, fixed or {}, fractional_timestep(sampler))
     signature = Signature(tuple(inputs), output, max_batch=1, source=type(module).__name__)
-    return Source(signature, sampler, module, None, fixed or {}, conditions, origin or {})
+    source = Source(signature, sampler, module, None, fixed or {}, conditions, origin or {})
+    return source if guidance is None else source.guided(guidance)
 
 
 def _parameters(module: nn.Module, given: set[str], fixed: set[str]) -> list[str]:
@@ -179,10 +198,16 @@ def _infer_shape(module: nn.Module) -> tuple[int, int, int]:
     return (channels, int(height), int(width))
 
 
-def _timestep_spec(module: nn.Module, inputs: list[InputSpec], fixed: dict[str, Any]) -> InputSpec:
-    """Integer timesteps when the model takes them, else float32: found by calling it once."""
+def _timestep_spec(
+    module: nn.Module, inputs: list[InputSpec], fixed: dict[str, Any], fractional: float | None
+) -> InputSpec:
+    """Integer timesteps when the model takes them and the sampler gives them, else float32: found by calling it once.
+
+    Args:
+        fractional: a timestep of the sampler that is not whole, if there is one.
+    """
     problems = []
-    for dtype in (torch.int64, torch.float32):
+    for dtype in (torch.int64, torch.float32) if fractional is None else (torch.float32,):
         values = [torch.zeros((2, *s.shape), dtype=dtype if s.role == "t" else s.dtype) for s in inputs]
         try:
             with torch.no_grad():
@@ -198,4 +223,9 @@ def _timestep_spec(module: nn.Module, inputs: list[InputSpec], fixed: dict[str, 
         except Exception as error:  # any failure of foreign code: report it below
             problems.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     shapes = ", ".join(f"{s.name} {[2, *s.shape]}" for s in inputs)
+    if fractional is not None:
+        raise InputError(
+            f"{type(module).__name__} cannot be called with fractional timesteps, and the scheduler gives {fractional:g}; set its "
+            f'"timestep_spacing" to "leading" or "trailing", or take another scheduler ({shapes}: {problems[0]})'
+        )
     raise InputError(f"{type(module).__name__} cannot be called with {shapes}: {problems[0]}")

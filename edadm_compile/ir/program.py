@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import InputError
+from edadm_compile.ir.timesteps import as_timesteps
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,22 @@ class SamplerSpec:
         scheduler: diffusers scheduler configuration with its ``_class_name``.
         steps: number of inference steps.
         eta: DDIM noise level, 0 is deterministic.
+        guidance: scale s of classifier-free guidance, ``u + s (c - u)`` with u predicted without and c with the
+            condition; 1 is the conditional prediction alone.
+        null: condition rows [...] of the unconditional branch in signature order, None for a condition that is the
+            same in both; empty where there is no such branch.
     """
 
     scheduler: dict[str, Any]
     steps: int
     eta: float = 0.0
+    guidance: float = 1.0
+    null: tuple[Tensor | None, ...] = field(default=(), compare=False)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the sampler needs the model with and without the condition."""
+        return self.guidance != 1.0
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,7 @@ class Program:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run the graph on x [B, ...], t [B] and conditions; other batches than captured are sliced and filled up."""
-        t = inputs[1].to(self.signature.inputs[1].dtype)  # samplers hand integers to models of continuous time too
+        t = as_timesteps(inputs[1], self.signature.inputs[1].dtype)
         inputs = (inputs[0], t, *inputs[2:])
         if not self.signature.min_batch <= inputs[0].shape[0] <= self.signature.max_batch:
             return torch.cat([self(*piece)[:rows] for piece, rows in self.signature.batches(inputs)])

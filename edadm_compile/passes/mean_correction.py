@@ -1,4 +1,4 @@
-"""Add the mean error of each sampler step back to the predicted noise."""
+"""Add the mean error of each sampler step back to the prediction."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from edadm_compile.calibration.dataset import Trajectories
+from edadm_compile.calibration.guidance import combine
 from edadm_compile.ir.program import Program, TimeTables
 from edadm_compile.passes.base import Context, PassResult, finish
 
@@ -20,10 +22,15 @@ INPUT = "time_correction"
 class MeanCorrection:
     """fake_quant graph to fake_quant graph.
 
-    1. output → output + time_correction[:, :, None, None], a table of E[eps_float - eps_quantized] per sampler step and
-       channel, measured on the float model's calibration trajectories (other timesteps: interpolated)
+    1. output → output + time_correction[:, :, None, None], a table of E[float - quantized] of the prediction per sampler
+       step and channel, measured on the float model's calibration trajectories (other timesteps: interpolated)
 
     A small systematic error of the early steps is multiplied by up to 1 / sqrt(alpha_bar) on its way to the image.
+
+    Under guidance the two branches have different mean errors m_u and m_c, but one table serves both: the program does
+    not know which branch a row belongs to. The weights 1 - s and s of ``u + s (c - u)`` sum to one, so a correction r
+    of both adds r to the guided prediction, whose mean error is ``m_u + s (m_c - m_u)``: that is r, and the guided
+    prediction is free of mean error. At another scale s' an error ``(s' - s) (m_c - m_u)`` is left.
     """
 
     name: str = "mean_correction"
@@ -38,22 +45,35 @@ class MeanCorrection:
         if not ctx.config.recipe.mean_correction or trajectories.prediction.dim() != 5:
             return PassResult(program, False)
         rows = torch.zeros(keys.numel(), trajectories.prediction.shape[2], dtype=torch.float64)
+        apart = torch.zeros_like(rows)
         visits = torch.bincount(order, minlength=keys.numel())
         ctx.progress.stage("mean correction", trajectories.t.numel())
         limit = program.signature.max_batch if fixed else min(_CHUNK, program.signature.max_batch)
         for step, row in enumerate(order.tolist()):
             error = trajectories.prediction[step] - _predict(program, trajectories, step, limit)
-            rows[row] += error.double().mean(dim=(0, 2, 3)) / visits[row]
+            used = combine(program.sampler, error, trajectories.x.shape[2])
+            rows[row] += _mean(used) / visits[row]
+            if program.sampler.guided:
+                without, with_condition = error.chunk(2)
+                apart[row] += (_mean(with_condition) - _mean(without)) / visits[row]
             ctx.progress.advance(1)
         program = _add_table(program, keys, rows.float())
-        return PassResult(program, True, {"largest": float(rows.abs().max())})
+        stats = {"largest": float(rows.abs().max())}
+        if program.sampler.guided:
+            stats["branches_apart"] = float(apart.abs().max())
+        return PassResult(program, True, stats)
 
 
-def _predict(program: Program, trajectories: object, step: int, limit: int) -> Tensor:
-    x = trajectories.x[step]  # type: ignore[attr-defined]
-    t = trajectories.t[step].expand(x.shape[0])  # type: ignore[attr-defined]
+def _mean(error: Tensor) -> Tensor:
+    """float64 [C] of [B, C, H, W]."""
+    return error.double().mean(dim=(0, 2, 3))
+
+
+def _predict(program: Program, trajectories: Trajectories, step: int, limit: int) -> Tensor:
+    x = trajectories.x[step]
+    t = trajectories.t[step].expand(x.shape[0])
     with torch.no_grad():
-        parts = zip(*(v.split(limit) for v in (x, t, *trajectories.conditions)), strict=True)  # type: ignore[attr-defined]
+        parts = zip(*(v.split(limit) for v in (x, t, *trajectories.conditions)), strict=True)
         return torch.cat([program(*part) for part in parts])
 
 

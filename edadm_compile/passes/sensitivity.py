@@ -46,7 +46,9 @@ def sensitivities(
 
 def float_values(program: Program, ctx: Context) -> dict[fx.Node, Any]:
     """Value of every node of a float program on the measurement batch."""
-    arguments = iter(program.graph_inputs(measurement_inputs(ctx.calibration.trajectories, program.signature)))
+    branches = 2 if program.sampler.guided else 1
+    inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, branches)
+    arguments = iter(program.graph_inputs(inputs))
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in program.graph_module.graph.nodes:
@@ -75,15 +77,22 @@ def output_error(program: Program, changed: dict[fx.Node, Any], values: dict[fx.
     return float((changed[output] - values[output]).double().square().sum())
 
 
-def measurement_inputs(trajectories: Trajectories, signature: Signature) -> list[Tensor]:
-    """A few states of the float trajectories as one batch of model inputs that the graph accepts."""
+def measurement_inputs(trajectories: Trajectories, signature: Signature, branches: int = 1) -> list[Tensor]:
+    """A few states of the float trajectories as one batch of model inputs that the graph accepts.
+
+    Args:
+        branches: 2 where the rows of the trajectories are those of a doubled batch; both halves are then measured.
+    """
     steps = trajectories.t.numel()
     spread = torch.linspace(0, steps - 1, min(_STATES - 1, steps)).round().long()
     chosen = torch.cat((spread, torch.tensor([max(steps - 2, 0), steps - 1]))).unique()
-    count = min(_TRAJECTORIES, trajectories.x.shape[1])
-    x = trajectories.x[chosen, :count].flatten(0, 1)
+    each = trajectories.x.shape[1] // branches
+    first = torch.arange(min(-(-_TRAJECTORIES // branches), each))
+    picked = torch.cat([first + each * branch for branch in range(branches)])
+    count = picked.numel()
+    x = trajectories.x[chosen][:, picked].flatten(0, 1)
     t = trajectories.t[chosen].repeat_interleave(count)
-    conditions = [c[:count].repeat(chosen.numel(), *[1] * (c.dim() - 1)) for c in trajectories.conditions]
+    conditions = [c[picked].repeat(chosen.numel(), *[1] * (c.dim() - 1)) for c in trajectories.conditions]
     size = min(max(x.shape[0], signature.min_batch), signature.max_batch)
     rows = torch.linspace(x.shape[0] - 1, 0, size).round().long()  # from the last step backwards: it matters most
     return [value[rows] for value in (x, t, *conditions)]

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edadm_compile.ir.program import Program
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact
 
@@ -35,7 +36,7 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
             {"name": s.name, "shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")}
             for s in signature.inputs
         ],
-        "sampler": {**artifact.lowered.sampler.scheduler, "steps": artifact.lowered.sampler.steps},
+        "sampler": _sampler(artifact.lowered),
         "layers": rows,
         "totals": totals(rows),
         "device": describe(artifact.device),
@@ -84,14 +85,16 @@ def print_inspect(report: dict[str, Any]) -> None:
     )
     print_device(report["device"])
     if report["quality"]:
-        out.print(f"noise-prediction SQNR against the float model {_db(report['quality']['sqnr'])}")
+        out.print(
+            f"prediction SQNR against the float model {_db(report['quality']['sqnr'])}{_branches(report['quality'])}"
+        )
     out.print(
         f"source {source.get('class')} {source.get('file', '')} sha256 {str(source.get('sha256', 'unknown'))[:16]}, "
         f"{source['parameters']:,} parameters"
     )
     sampler = report["sampler"]
     out.print(
-        f"sampler {sampler['_class_name']}, {sampler['steps']} steps; seed {report['config']['seed']}; made with {report['versions']}"
+        f"sampler {sampler['_class_name']}, {sampler['steps']} steps{_guidance(sampler)}; seed {report['config']['seed']}; made with {report['versions']}"
     )
 
 
@@ -122,7 +125,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         quality = summary["sqnr_db"]
         table.add_row(
             "noise SQNR against float",
-            f"{_db(quality['sqnr'])} over all steps, worst step {_db(min(v for v in quality['per_step'] if v is not None))}",
+            f"{_db(quality['sqnr'])} over all steps, worst step {_db(min(v for v in quality['per_step'] if v is not None))}"
+            f"{_branches(quality)}",
         )
     stages = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in summary["seconds"].items() if v >= 0.5)
     table.add_row("time", f"{summary['total_seconds']:.0f} s ({stages})")
@@ -178,6 +182,26 @@ def print_device(device: dict[str, Any] | None) -> None:
             str(plan["library_launches"]), str(plan["once_per_prompt"]), human(plan["arena_bytes"]),
         )  # fmt: skip
     out.print(table)
+
+
+def _sampler(program: Program) -> dict[str, Any]:
+    """Scheduler settings, steps, and the guidance where there is some (without the tensors of its branch)."""
+    sampler, names = program.sampler, [s.name for s in program.signature.conditions]
+    null = [name for name, row in zip(names, sampler.null, strict=False) if row is not None]
+    guidance = {"guidance": sampler.guidance, "null": null} if null else {}
+    return {**sampler.scheduler, "steps": sampler.steps, **({"eta": sampler.eta} if sampler.eta else {}), **guidance}
+
+
+def _guidance(sampler: dict[str, Any]) -> str:
+    return f", guidance {sampler['guidance']:g} against {', '.join(sampler['null'])}" if "guidance" in sampler else ""
+
+
+def _branches(quality: dict[str, Any]) -> str:
+    """The figures of the two branches beside the guided one."""
+    if "branches" not in quality:
+        return ""
+    without, with_condition = quality["branches"]
+    return f" (guided; {_db(without)} without and {_db(with_condition)} with the condition)"
 
 
 def _db(value: float | None) -> str:

@@ -23,7 +23,6 @@ from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import (
     InputSpec,
     Program,
-    SamplerSpec,
     Signature,
     TimeTables,
     get_constant,
@@ -33,6 +32,7 @@ from edadm_compile.ir.program import (
 from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.runtime import device_code
 from edadm_compile.runtime.program_json import graph_from_json, graph_to_json, layers_from_json
+from edadm_compile.runtime.sampler_json import sampler_from_json, sampler_to_json
 
 FORMAT = "edadm.qmod/1"
 _KEY = "edadm"
@@ -72,7 +72,7 @@ def to_bytes(artifact: Artifact) -> bytes:
         **artifact.manifest,
         "format": FORMAT,
         "signature": _signature_json(artifact.lowered.signature),
-        "sampler": vars(artifact.lowered.sampler),
+        "sampler": sampler_to_json(artifact.lowered.sampler, artifact.lowered.signature, tensors),
         "notes": list(artifact.lowered.notes),
         "programs": programs,
         "layers": [dataclasses.asdict(info) for info in records],
@@ -129,7 +129,7 @@ def read(path: Path) -> Artifact:
     tensors = _Tensors(path, manifest.get("tensors"))
     try:
         signature = _signature_from(manifest["signature"])
-        sampler = _sampler_from(manifest["sampler"])
+        sampler = sampler_from_json(manifest["sampler"], signature, tensors)
         time = _time_from(manifest["time"], tensors, signature)
         programs = []
         records = layers_from_json(manifest["layers"])
@@ -270,17 +270,6 @@ def _signature_from(value: dict[str, Any]) -> Signature:
     ):
         raise ArtifactError(f"signature: batches {batches} or output {signature.output!r} are not understood")
     return signature
-
-
-def _sampler_from(value: dict[str, Any]) -> SamplerSpec:
-    sampler = SamplerSpec(**value)
-    if (
-        not isinstance(sampler.scheduler, dict)
-        or type(sampler.steps) is not int
-        or not isinstance(sampler.eta, (int, float))
-    ):
-        raise ArtifactError("sampler: expected a scheduler configuration, a number of steps and eta")
-    return sampler
 
 
 def _time_json(time: TimeTables, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edadm_compile.errors import InputError
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.runtime.artifact import Artifact, read
 from edadm_compile.runtime.engines import Engine, make_engine
 
@@ -138,8 +139,8 @@ def _conform(spec: InputSpec, value: Tensor, batch: int) -> Tensor:
         value = value.reshape(1).expand(batch)
     if value.shape != (batch, *spec.shape):
         raise InputError(f"input {spec.name!r}: got shape {list(value.shape)}, expected {[batch, *spec.shape]}")
-    result: Tensor = value.to(spec.dtype).contiguous()
-    return result
+    result: Tensor = as_timesteps(value, spec.dtype) if spec.role == "t" else value.to(spec.dtype)
+    return result.contiguous()
 
 
 def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> CompiledModel:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from edadm_compile.calibration import sampler
+from edadm_compile.calibration.schedulers import step_output
 from edadm_compile.errors import InputError
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from tests.graphs import DDIM
@@ -111,5 +112,7 @@ def test_a_prediction_of_another_shape_is_explained():
 
 
 def test_learned_variance_is_cut_off():
-    assert sampler.predicted_noise(torch.ones(1, 6, 2, 2), 3).shape == (1, 3, 2, 2)
-    assert sampler.predicted_noise(torch.ones(1, 3, 2, 2), 3).shape == (1, 3, 2, 2)
+    x = torch.zeros(1, 3, 2, 2)
+    scheduler = sampler.make_scheduler(SamplerSpec(DDIM, 4))
+    assert step_output(scheduler, torch.ones(1, 6, 2, 2), x).shape == (1, 3, 2, 2)
+    assert step_output(scheduler, torch.ones(1, 3, 2, 2), x).shape == (1, 3, 2, 2)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from edadm_compile.errors import InputError, TargetError
 from edadm_compile.ir.program import Program, get_constant, placeholders
+from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.kernels.launch import TIME_TABLES, LaunchPlan
 from edadm_compile.kernels.memory import Memory
@@ -85,7 +86,7 @@ class CudaEngine:
             raise InputError(
                 f"got inputs of shapes {shapes}, expected {', '.join(s.name for s in specs)}, each [B, ...]"
             )
-        t = inputs[1].to(device="cpu", dtype=specs[1].dtype).contiguous()
+        t = as_timesteps(inputs[1].to("cpu"), specs[1].dtype).contiguous()
         with self._lock, torch.no_grad(), self._on_device():
             self._follow_stream()
             results = []

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edadm_compile.errors import InputError, TargetError
 from edadm_compile.ir.program import Program
+from edadm_compile.ir.timesteps import as_timesteps
 
 if TYPE_CHECKING:  # packages of the [onnx] extra
     import onnx_ir as ir
@@ -112,7 +113,9 @@ class OnnxRuntimeEngine:
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Predict the noise for x [B, C, H, W], t [B], conditions; float32."""
         specs = self.signature.inputs
-        tensors = [v.detach().to("cpu", s.dtype).contiguous() for v, s in zip(inputs, specs, strict=True)]
+        t = as_timesteps(inputs[1].detach(), specs[1].dtype)
+        values = (inputs[0], t, *inputs[2:])
+        tensors = [v.detach().to("cpu", s.dtype).contiguous() for v, s in zip(values, specs, strict=True)]
         batch = tensors[0].shape[0]
         self._check_timesteps(tensors[1])
         if self.signature.min_batch == self.signature.max_batch:
