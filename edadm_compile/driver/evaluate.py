@@ -12,25 +12,21 @@ import torch
 from torch import Tensor
 
 from edadm_compile.calibration import sampler
-from edadm_compile.driver import evaluate_sets
+from edadm_compile.driver import evaluate_measures, evaluate_sets
+from edadm_compile.driver.evaluate_measures import finite
 from edadm_compile.driver.evaluate_sets import Judges, find_judges
 from edadm_compile.driver.image_data import open_data
 from edadm_compile.driver.options import load_options
 from edadm_compile.driver.sample import chosen_sampler
 from edadm_compile.driver.verify import same_inputs, same_model
 from edadm_compile.errors import InputError, QualityError
-from edadm_compile.evaluate import gates, pretrained
+from edadm_compile.evaluate import gates
 from edadm_compile.evaluate.gates import Gate
-from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.evaluate.paired import Pairs, evaluation_seed, sample_pairs
-from edadm_compile.evaluate.similarity import WINDOW, ssim, window_for
-from edadm_compile.frontend import load_source
-from edadm_compile.ir.program import Signature
+from edadm_compile.frontend import Source, load_source
+from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.session import CompiledModel, load
-
-#: Share of the float model's values outside of [-1, 1] from which images are unlikely to be pixels.
-_OUTSIDE = 0.05
 
 
 @dataclass(frozen=True)
@@ -88,6 +84,29 @@ def run(
     same_inputs(source, model.artifact)
     judges = find_judges(shape, wanted.count, reference, wanted.features, data)
     _check_measurable(limits, judges)
+    spaces = evaluate_sets.open_spaces(judges, progress)
+    pairs = _pairs(model, source, spec, wanted, progress)
+    progress.stage("distances", None)
+    images, metrics = evaluate_measures.images(pairs, judges)
+    sets = {"quantized": pairs.candidate.clamp(-1, 1), "float": pairs.reference.clamp(-1, 1)}
+    distances, more = evaluate_sets.measure(spaces, sets)
+    metrics = evaluate_measures.noise_metrics(pairs) | metrics | more
+    return {
+        "artifact": str(artifact), "reference": str(reference), "same_model": same_model(source, model.artifact),
+        "engine": model.engine_name, "scheduler": spec.scheduler["_class_name"], "steps": spec.steps,
+        "count": wanted.count, "batch": wanted.batch, "seed": wanted.seed, "shape": list(shape),
+        "data": None if data is None else {"path": str(data.path), "images": len(data)},
+        "features": None if judges.extractor is None else str(judges.extractor.path),
+        "noise": evaluate_measures.noise(pairs), "images": images, "distances": distances,
+        "left_out": judges.left_out, "notes": evaluate_measures.notes(pairs, distances),
+        "metrics": {name: finite(value) for name, value in metrics.items()},
+        "gates": [{**row, "found": finite(row["found"])} for row in gates.judge(limits, metrics)],
+        "failed": gates.failures(limits, metrics),
+    }  # fmt: skip
+
+
+def _pairs(model: CompiledModel, source: Source, spec: SamplerSpec, wanted: Options, progress: Progress) -> Pairs:
+    """Images and predictions of both models from fresh noise."""
     x, conditions = _draw(model.signature, wanted, source.conditions)
     steps = len(sampler.timesteps(spec))
     progress.stage("trajectories", 2 * steps * math.ceil(wanted.count / wanted.batch))
@@ -96,23 +115,7 @@ def run(
         seed=evaluation_seed(wanted.seed), advance=progress.advance,
     )  # fmt: skip
     _check_finite(pairs)
-    progress.stage("distances", None)
-    images, metrics = _images(pairs, judges)
-    distances, more = evaluate_sets.measure(
-        judges, {"quantized": pairs.candidate.clamp(-1, 1), "float": pairs.reference.clamp(-1, 1)}, progress.advance
-    )
-    metrics = _noise_metrics(pairs) | metrics | more
-    return {
-        "artifact": str(artifact), "reference": str(reference), "same_model": same_model(source, model.artifact),
-        "engine": model.engine_name, "scheduler": spec.scheduler["_class_name"], "steps": spec.steps,
-        "count": wanted.count, "batch": wanted.batch, "seed": wanted.seed, "shape": list(shape),
-        "data": None if data is None else {"path": str(data.path), "images": len(data)},
-        "features": None if judges.extractor is None else str(judges.extractor.path),
-        "noise": _noise(pairs), "images": images, "distances": distances, "left_out": judges.left_out,
-        "notes": _notes(pairs, judges, distances), "metrics": {k: _finite(v) for k, v in metrics.items()},
-        "gates": [{**row, "found": _finite(row["found"])} for row in gates.judge(limits, metrics)],
-        "failed": gates.failures(limits, metrics),
-    }  # fmt: skip
+    return pairs
 
 
 def evaluate_model(
@@ -187,74 +190,16 @@ def _on_host(model: CompiledModel) -> Any:
 
 
 def _check_finite(pairs: Pairs) -> None:
+    for t, value in zip(pairs.timesteps, pairs.noise.per_step, strict=True):
+        if value == -math.inf:
+            raise InputError(
+                f"--reference: the float model predicts exactly 0 at timestep {t:g}; no SQNR to that exists"
+            )
+        if math.isnan(value):
+            raise QualityError(f"the predictions of one of the two models at timestep {t:g} are not finite")
     broken = int((~pairs.reference.isfinite().flatten(1).all(dim=1)).sum())
     if broken:
         raise InputError(f"--reference: {broken} of {len(pairs.reference)} images of the float model are not finite")
     broken = int((~pairs.candidate.isfinite().flatten(1).all(dim=1)).sum())
     if broken:
         raise QualityError(f"{broken} of {len(pairs.candidate)} images of the compiled model are not finite")
-
-
-def _noise_metrics(pairs: Pairs) -> dict[str, float]:
-    noise = pairs.noise
-    return {"sqnr": noise.sqnr, "sqnr_without_last": noise.sqnr_without_last, "sqnr_worst_step": noise.worst}
-
-
-def _noise(pairs: Pairs) -> dict[str, Any]:
-    noise = pairs.noise
-    steps = [
-        {"step": i, "timestep": t, "sqnr_db": _finite(value)}
-        for i, (t, value) in enumerate(zip(pairs.timesteps, noise.per_step, strict=True))
-    ]
-    worst = noise.per_step.index(noise.worst)
-    return {
-        "sqnr_db": _finite(noise.sqnr), "sqnr_without_last_step_db": _finite(noise.sqnr_without_last),
-        "worst_step": steps[worst], "per_step": steps,
-    }  # fmt: skip
-
-
-def _images(pairs: Pairs, judges: Judges) -> tuple[dict[str, Any], dict[str, float]]:
-    """Differences of images from the same noise, and the metrics among them."""
-    decibels, similarity = psnr(pairs.reference, pairs.candidate), ssim(pairs.reference, pairs.candidate)
-    found = {
-        "psnr": float(decibels.mean()), "psnr_median": float(decibels.median()), "psnr_worst": float(decibels.min()),
-        "ssim": float(similarity.mean()), "ssim_worst": float(similarity.min()),
-    }  # fmt: skip
-    images: dict[str, Any] = {
-        "psnr_db": {"mean": found["psnr"], "median": found["psnr_median"], "worst": found["psnr_worst"]},
-        "ssim": {"mean": found["ssim"], "median": float(similarity.median()), "worst": found["ssim_worst"]},
-        "ssim_window": window_for(*pairs.reference.shape[2:]),
-        "outside_share": _outside(pairs), "lpips": None,
-    }  # fmt: skip
-    if judges.lpips:
-        images["lpips"] = found["lpips"] = float(pretrained.lpips(pairs.reference, pairs.candidate).mean())
-    return images, found
-
-
-def _outside(pairs: Pairs) -> float:
-    return float((pairs.reference.abs() > 1).double().mean())
-
-
-def _notes(pairs: Pairs, judges: Judges, distances: list[dict[str, Any]]) -> list[str]:
-    """What a reader must know beside the figures."""
-    notes = []
-    window = window_for(*pairs.reference.shape[2:])
-    if window < WINDOW:
-        notes.append(
-            f"SSIM with a window of {window}x{window}: the images are smaller than the usual {WINDOW}x{WINDOW}"
-        )
-    if (share := _outside(pairs)) > _OUTSIDE:
-        notes.append(
-            f"{100 * share:.0f} % of the float model's values lie outside of [-1, 1] and were clamped: are these latents?"
-        )
-    if few := [row for row in distances if min(row["samples"]) <= row["dimension"]]:
-        notes.append(
-            f"{min(few[0]['samples'])} samples for {few[0]['dimension']} features ({few[0]['features']}): the Fréchet "
-            "distance comes out too large with so few; KID has no such bias"
-        )
-    return notes
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: an exact match is null."""
-    return None if isinstance(value, float) and math.isinf(value) else value

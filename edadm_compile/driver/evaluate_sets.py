@@ -15,6 +15,7 @@ from edadm_compile.errors import InputError
 from edadm_compile.evaluate import pretrained
 from edadm_compile.evaluate.metrics import frechet, inception_score, kernel_distance
 from edadm_compile.frontend.feature_file import BESIDE, Extractor, load_extractor
+from edadm_compile.passes.base import Progress
 
 _PAIRS = (("quantized", "float"), ("quantized", "data"), ("float", "data"))
 
@@ -75,45 +76,75 @@ def _extractor(shape: tuple[int, ...], reference: Path, features: Path | None) -
         return None, f"the extractor beside the reference does not fit: {str(error).removeprefix('--features ')}"
 
 
-def measure(
-    judges: Judges, images: Mapping[str, Tensor], advance: Callable[[int, str], None]
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Distances of quantized, float and real images in every feature space there is.
+@dataclass(frozen=True)
+class Space:
+    """A feature space.
+
+    Attributes:
+        name: of the extractor.
+        embed: images float32 [N, C, H, W] → features float64 [N, d].
+        names: metric that each distance is called, see `edadm_compile.evaluate.gates`.
+        data: features of the real images; None without any.
+        logits: images → class logits, where the extractor is a classifier.
+    """
+
+    name: str
+    embed: Callable[[Tensor], Tensor]
+    names: Mapping[str, str]
+    data: Tensor | None
+    logits: Callable[[Tensor], Tensor] | None = None
+
+
+def open_spaces(judges: Judges, progress: Progress) -> list[Space]:
+    """Every feature space there is, with the real images in it: unusable ones show before any sampling.
+
+    Raises:
+        InputError: real images that cannot be used, or features that are not finite.
+    """
+    spaces = []
+    if judges.extractor is not None:
+        extractor, names = judges.extractor, {"frechet": "frechet", "kid": "kid"}
+        spaces.append(Space(extractor.path.name, extractor, names, _of_data(extractor, judges.data, progress)))
+    if judges.inception:
+        network = pretrained.inception()
+        data = _of_data(lambda x: network(x)[0], judges.data, progress)
+        spaces.append(Space("inception-v3", lambda x: network(x)[0], {"frechet": "fid"}, data, lambda x: network(x)[1]))
+    return spaces
+
+
+def _of_data(embed: Callable[[Tensor], Tensor], data: ImageData | None, progress: Progress) -> Tensor | None:
+    if data is None:
+        return None
+    progress.stage("real images", len(data))
+    parts = []
+    for batch in data.batches():
+        parts.append(embed(batch))
+        progress.advance(len(batch))
+    return torch.cat(parts)
+
+
+def measure(spaces: list[Space], images: Mapping[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Distances of quantized, float and real images in every feature space.
 
     Args:
         images: "quantized" and "float", float32 [N, C, H, W], row by row from the same noise.
 
     Returns:
-        one row per space and pair (between, features, dimension, samples, frechet, kid), and the metrics with names as
-        in `edadm_compile.evaluate.gates`.
+        one row per space and pair (between, features, dimension, samples, frechet, kid and its standard error), and the
+        metrics with names as in `edadm_compile.evaluate.gates`.
     """
     rows: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
-    if judges.extractor is not None:
-        found = _rows(judges.extractor.path.name, _embed(judges.extractor, images, judges.data, advance))
-        metrics |= _named(found, {"frechet": "frechet", "kid": "kid"})
+    for space in spaces:
+        features = {name: space.embed(values) for name, values in images.items()}
+        if space.data is not None:
+            features["data"] = space.data
+        found = _rows(space.name, features)
+        metrics |= _named(found, space.names)
         rows += found
-    if judges.inception:
-        network = pretrained.inception()
-        found = _rows("inception-v3", _embed(lambda x: network(x)[0], images, judges.data, advance))
-        metrics |= _named(found, {"frechet": "fid"})
-        metrics["inception_score"] = inception_score(network(images["quantized"])[1])
-        rows += found
+        if space.logits is not None:
+            metrics["inception_score"] = inception_score(space.logits(images["quantized"]))
     return rows, metrics
-
-
-def _embed(
-    embed: Callable[[Tensor], Tensor], images: Mapping[str, Tensor], data: ImageData | None,
-    advance: Callable[[int, str], None],
-) -> dict[str, Tensor]:  # fmt: skip
-    features = {}
-    for name, values in images.items():
-        features[name] = embed(values)
-        advance(1, name)
-    if data is not None:
-        features["data"] = torch.cat([embed(batch) for batch in data.batches()])
-        advance(1, "data")
-    return features
 
 
 def _rows(space: str, features: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -125,10 +156,15 @@ def _rows(space: str, features: Mapping[str, Tensor]) -> list[dict[str, Any]]:
                 {
                     "between": [a, b], "features": space, "dimension": first.shape[1],
                     "samples": [len(first), len(second)], "frechet": max(0.0, frechet(first, second)),
-                    "kid": kernel_distance(first, second, paired=b == "float"),
+                    **_kid(first, second, paired=b == "float"),
                 }
             )  # fmt: skip
     return rows
+
+
+def _kid(first: Tensor, second: Tensor, *, paired: bool) -> dict[str, float]:
+    value, error = kernel_distance(first, second, paired=paired)
+    return {"kid": value, "kid_standard_error": error}
 
 
 def _named(rows: list[dict[str, Any]], names: Mapping[str, str]) -> dict[str, float]:

@@ -50,16 +50,20 @@ def frechet(features_a: Tensor, features_b: Tensor, eps: float = 1e-6) -> float:
     return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def kernel_distance(features_a: Tensor, features_b: Tensor, *, paired: bool = False) -> float:
+def kernel_distance(features_a: Tensor, features_b: Tensor, *, paired: bool = False) -> tuple[float, float]:
     """Kernel distance (KID): unbiased squared MMD under ``k(x, y) = (x·y / d + 1)^3`` (Bińkowski et al., arXiv 1801.01401).
 
-    Computed once over all samples, not as a mean over subsets. Being unbiased, it can be slightly negative.
+    Computed once over all samples, not as a mean over subsets. Being unbiased, it can be negative by chance.
 
     Args:
         features_a, features_b: [N, d] and [M, d].
         paired: row i of both comes from the same noise. Pairs (i, i) of the cross term are then left out (Gretton et
             al., JMLR 13, 2012, equation 4), without which dependent samples would look closer than they are; equal sets
             are at 0 exactly.
+
+    Returns:
+        the distance and its standard error: the first term of the variance of U-statistics (Hoeffding, 1948), from the
+        scatter of each sample's share of the distance. It comes out too large where both distributions are equal.
 
     Raises:
         ValueError: fewer than 2 rows, or paired sets of different length.
@@ -68,11 +72,14 @@ def kernel_distance(features_a: Tensor, features_b: Tensor, *, paired: bool = Fa
     n, m = len(a), len(b)
     if min(n, m) < 2 or (paired and n != m):
         raise ValueError(f"kernel distance of {n} and {m} samples (paired: {paired})")
-    within_a = (_kernel_sum(a, a) - float(_kernel(a, a).sum())) / (n * (n - 1))
-    within_b = (_kernel_sum(b, b) - float(_kernel(b, b).sum())) / (m * (m - 1))
+    within_a = (_kernel_sums(a, a) - _kernel(a, a)) / (n - 1)
+    within_b = (_kernel_sums(b, b) - _kernel(b, b)) / (m - 1)
     if paired:
-        return within_a + within_b - 2 * (_kernel_sum(a, b) - float(_kernel(a, b).sum())) / (n * (n - 1))
-    return within_a + within_b - 2 * _kernel_sum(a, b) / (n * m)
+        across = (_kernel_sums(a, b) + _kernel_sums(b, a) - 2 * _kernel(a, b)) / (n - 1)
+        share = within_a + within_b - across
+        return float(share.mean()), 2 * float((share.var() / n).sqrt())
+    share_a, share_b = within_a - _kernel_sums(a, b) / m, within_b - _kernel_sums(b, a) / n
+    return float(share_a.mean() + share_b.mean()), 2 * float((share_a.var() / n + share_b.var() / m).sqrt())
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -80,9 +87,10 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return ((a * b).sum(dim=1) / a.shape[1] + 1) ** 3
 
 
-def _kernel_sum(a: Tensor, b: Tensor, block: int = 1024) -> float:
-    """Sum of the kernel over all pairs, block by block so that 50,000 samples need no 50,000 x 50,000 matrix."""
-    return sum(float(((x @ y.T / a.shape[1] + 1) ** 3).sum()) for x in a.split(block) for y in b.split(block))
+def _kernel_sums(a: Tensor, b: Tensor, block: int = 1024) -> Tensor:
+    """Sums of the kernel of each row of `a` and all rows of `b`, [N]; in blocks, so that no [N, M] matrix is held."""
+    parts = [sum(((x @ y.T / a.shape[1] + 1) ** 3).sum(dim=1) for y in b.split(block)) for x in a.split(block)]
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])
 
 
 def inception_score(logits: Tensor) -> float:

@@ -18,7 +18,8 @@ ALEXNET = "alexnet-owt-7be5be79.pth"
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 #: AlexNet's stride of 4 and two pooling layers leave nothing of smaller images.
 _LPIPS_SIDE = 31
-_BATCH = 16
+#: Images at a time. LPIPS loads its network anew for each batch.
+_BATCH = 64
 
 
 def lpips_missing(shape: tuple[int, ...]) -> str:
@@ -39,13 +40,13 @@ def inception_missing(shape: tuple[int, ...]) -> str:
     return _missing(("torch_fidelity", "torchvision"), INCEPTION)
 
 
-def lpips(reference: Tensor, value: Tensor) -> Tensor:
-    """LPIPS with AlexNet of each pair of images float32 [N, C, H, W] in [-1, 1] (Zhang et al., arXiv 1801.03924), [N]."""
+def lpips(reference: Tensor, value: Tensor) -> float:
+    """Mean LPIPS with AlexNet over pairs of images float32 [N, C, H, W] in [-1, 1] (Zhang et al., arXiv 1801.03924)."""
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
 
-    pairs = zip(_rgb(reference).split(1), _rgb(value).split(1), strict=True)
+    pairs = list(zip(_rgb(reference).split(_BATCH), _rgb(value).split(_BATCH), strict=True))
     with torch.no_grad():
-        return torch.stack([distance(a, b, net_type="alex").double() for a, b in pairs])
+        return sum(len(a) * float(distance(a, b, net_type="alex")) for a, b in pairs) / len(reference)
 
 
 def inception() -> Callable[[Tensor], tuple[Tensor, Tensor]]:

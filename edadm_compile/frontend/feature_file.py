@@ -83,7 +83,8 @@ def load_extractor(path: Path, shape: tuple[int, ...]) -> Extractor:
     names = [n for n in program.graph_signature.user_inputs if isinstance(n, str)]
     values: dict[str, Any] = {n.name: n.meta.get("val") for n in program.graph.nodes}
     outputs = [n for n in program.graph_signature.user_outputs if isinstance(n, str)]
-    given, made = [[values.get(n) for n in group] for group in (names, outputs)]
+    given: list[Any] = [values.get(n) for n in names]
+    made: list[Any] = [values.get(n) for n in outputs]
     if len(given) != 1 or len(made) != 1 or _rank(given[0]) != 4 or _rank(made[0]) != 2:
         raise InputError(f"--features {path} maps {_shapes(given)} to {_shapes(made)}; {_EXPECTED}")
     found = tuple(given[0].shape[1:])

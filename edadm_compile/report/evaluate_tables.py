@@ -86,7 +86,7 @@ def _distances(result: Mapping[str, Any]) -> Table:
         first, second = row["between"]
         table.add_row(
             f"{first} to {second}", row["features"], str(row["dimension"]), " and ".join(map(str, row["samples"])),
-            f"{row['frechet']:.4f}", f"{row['kid']:.6f}",
+            f"{row['frechet']:.4f}", f"{row['kid']:.3g} ± {row['kid_standard_error']:.2g}",
         )  # fmt: skip
     return table
 
