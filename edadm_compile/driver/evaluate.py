@@ -98,7 +98,7 @@ def run(
         "data": None if data is None else {"path": str(data.path), "images": len(data)},
         "features": None if judges.extractor is None else str(judges.extractor.path),
         "noise": evaluate_measures.noise(pairs), "images": images, "distances": distances,
-        "left_out": judges.left_out, "notes": evaluate_measures.notes(pairs, distances),
+        "left_out": judges.left_out, "notes": evaluate_measures.notes(pairs, distances, spec, model.sampler),
         "metrics": {name: finite(value) for name, value in metrics.items()},
         "gates": [{**row, "found": finite(row["found"])} for row in gates.judge(limits, metrics)],
         "failed": gates.failures(limits, metrics),

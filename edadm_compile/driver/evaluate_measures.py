@@ -10,6 +10,7 @@ from edadm_compile.evaluate import pretrained
 from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.evaluate.paired import Pairs
 from edadm_compile.evaluate.similarity import WINDOW, ssim, window_for
+from edadm_compile.ir.program import SamplerSpec
 
 #: Pixels overshoot [-1, 1] a little; where more than this share is beyond this size, they are probably latents.
 _FAR, _FAR_SHARE = 1.25, 0.01
@@ -39,12 +40,12 @@ def images(pairs: Pairs, judges: Judges) -> tuple[dict[str, Any], dict[str, floa
     """Differences of images from the same noise, and the metrics among them."""
     decibels, similarity = psnr(pairs.reference, pairs.candidate), ssim(pairs.reference, pairs.candidate)
     found = {
-        "psnr": float(decibels.mean()), "psnr_median": float(decibels.median()), "psnr_worst": float(decibels.min()),
+        "psnr": float(decibels.mean()), "psnr_median": float(decibels.quantile(0.5)), "psnr_worst": float(decibels.min()),
         "ssim": float(similarity.mean()), "ssim_worst": float(similarity.min()),
     }  # fmt: skip
     images: dict[str, Any] = {
         "psnr_db": {"mean": found["psnr"], "median": found["psnr_median"], "worst": found["psnr_worst"]},
-        "ssim": {"mean": found["ssim"], "median": float(similarity.median()), "worst": found["ssim_worst"]},
+        "ssim": {"mean": found["ssim"], "median": float(similarity.quantile(0.5)), "worst": found["ssim_worst"]},
         "ssim_window": window_for(*pairs.reference.shape[2:]),
         "far_outside_share": _outside(pairs), "lpips": None,
     }  # fmt: skip
@@ -58,9 +59,18 @@ def _outside(pairs: Pairs) -> float:
     return float((pairs.reference.abs() > _FAR).double().mean())
 
 
-def notes(pairs: Pairs, distances: list[dict[str, Any]]) -> list[str]:
-    """What a reader must know beside the figures."""
+def notes(pairs: Pairs, distances: list[dict[str, Any]], spec: SamplerSpec, compiled: SamplerSpec) -> list[str]:
+    """What a reader must know beside the figures.
+
+    Args:
+        spec, compiled: the sampler of the comparison, and the one that the file was compiled for.
+    """
     notes = []
+    if spec != compiled:
+        notes.append(
+            f"the file was compiled for {compiled.scheduler['_class_name']} with {compiled.steps} steps; other timesteps miss its "
+            "tables, and its mean correction is interpolated"
+        )
     window = window_for(*pairs.reference.shape[2:])
     if window < WINDOW:
         notes.append(

@@ -1,7 +1,9 @@
 """Refuse ``torch.export`` archives that could run code when they are opened or called.
 
 An archive is plain JSON and raw tensors for most models, but the format also allows pickled tensors and objects,
-compiled libraries, calls of any Python function in torch, and shape expressions that sympy evaluates as Python.
+compiled libraries, calls of any Python function in torch, shape expressions that sympy evaluates as Python, and names
+that torch writes into generated code. All these are refused. Guards, which are Python code too, must not be run by the
+caller: ``program.module(check_guards=False)``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ _ENTRIES = re.compile(
 _TARGETS = re.compile(
     r"torch\.ops\.aten\.\w+\.\w+|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge)"
 )
+#: Names of values and arguments.
+_NAME = re.compile(r"[\w.]*")
 #: How torch.export writes a size that is not fixed.
 _SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=True)*\)")
 #: Names, numbers, operators, and calls of sympy's capitalised functions (Max, FloorDiv); no attribute, no string.
@@ -40,6 +44,8 @@ def check_archive(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if len(names) != len(archive.infolist()):  # two readers may choose different ones
+            raise InputError(f"{path} holds two entries of one name; {_ADVICE}")
         for name in names:
             if not _ENTRIES.fullmatch(name):
                 raise InputError(f"{path}: entry {name!r} could run code when opened; {_ADVICE}")
@@ -61,6 +67,10 @@ def _check_json(path: Path, value: Any) -> None:
             raise InputError(f"{path} holds a pickled tensor, which can run any code when opened; {_ADVICE}")
         if key == "target" and isinstance(item, str) and not _TARGETS.fullmatch(item):
             raise InputError(f"{path} calls {item!r}; allowed are ATen operators: {_ADVICE}")
+        if key in ("name", "forward_arg_names"):
+            for name in item if isinstance(item, list) else [item]:
+                if isinstance(name, str) and not _NAME.fullmatch(name):
+                    raise InputError(f"{path}: {name[:80]!r} is no name; {_ADVICE}")
         if key == "expr_str" and isinstance(item, str) and not _EXPRESSION.fullmatch(_SYMBOL.sub("s", item)):
             raise InputError(f"{path}: shape expression {item[:80]!r} is more than arithmetic; {_ADVICE}")
 
