@@ -190,16 +190,15 @@ def _on_host(model: CompiledModel) -> Any:
 
 
 def _check_finite(pairs: Pairs) -> None:
-    for t, value in zip(pairs.timesteps, pairs.noise.per_step, strict=True):
-        if value == -math.inf:
-            raise InputError(
-                f"--reference: the float model predicts exactly 0 at timestep {t:g}; no SQNR to that exists"
-            )
-        if math.isnan(value):
-            raise QualityError(f"the predictions of one of the two models at timestep {t:g} are not finite")
     broken = int((~pairs.reference.isfinite().flatten(1).all(dim=1)).sum())
     if broken:
         raise InputError(f"--reference: {broken} of {len(pairs.reference)} images of the float model are not finite")
     broken = int((~pairs.candidate.isfinite().flatten(1).all(dim=1)).sum())
     if broken:
         raise QualityError(f"{broken} of {len(pairs.candidate)} images of the compiled model are not finite")
+    for t, value in zip(pairs.timesteps, pairs.noise.per_step, strict=True):
+        if math.isnan(value) or value == -math.inf:
+            raise QualityError(
+                f"there is no SQNR at timestep {t:g}: the float model predicts exactly 0 there, or the compiled model "
+                "predicts values that are not finite"
+            )

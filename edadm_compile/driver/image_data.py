@@ -120,7 +120,7 @@ def _array(path: Path, shape: tuple[int, int, int]) -> Any:
 
 def _from_bytes(pixels: Any) -> Tensor:
     """uint8 [B, H, W, C] to float32 [B, C, H, W] in [-1, 1]."""
-    return torch.from_numpy(numpy.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(numpy.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _checked(path: Path, images: Tensor, start: int) -> Tensor:

@@ -16,10 +16,10 @@ def sqnr(reference: Tensor, value: Tensor) -> float:
 
 
 def decibel(signal: float, noise: float) -> float:
-    """``10 log10(signal / noise)``; inf without noise, -inf without signal."""
+    """``10 log10(signal / noise)``; inf without noise, -inf without signal or with infinite noise."""
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and not math.isinf(noise) else -math.inf
 
 
 def psnr(reference: Tensor, value: Tensor, data_range: float = 2.0) -> Tensor:
