@@ -345,7 +345,9 @@ def verify(artifact: Path, as_json: bool, **options: Any) -> None:
 @click.argument("artifact", type=_file)
 @click.option("--reference", type=_file, required=True, metavar="MODEL", help="The float model that was compiled.")
 @click.option("--data", type=_file, metavar="DIR|FILE.npz", help="Real images: png and jpg files, or an array.")
-@click.option("--features", type=_file, metavar="FILE.pt2", help="Feature extractor (default: features.pt2 beside MODEL).")
+@click.option(
+    "--features", type=_file, metavar="FILE.pt2", help="Feature extractor (default: features.pt2 beside MODEL)."
+)
 @click.option("-n", "count", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Images.")
 @click.option("--batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Images at a time.")
 @click.option(

@@ -28,6 +28,9 @@ from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.session import CompiledModel, load
 
+#: Keywords of `evaluate_model` that say how to load the float model.
+_SOURCE_OPTIONS = ("shape", "scheduler", "steps", "conditions", "factory", "trust_pickle")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -136,7 +139,16 @@ def evaluate_model(
     """Measure the quality of a ``.qmod`` file against its float model; arguments as in `Options`, result as of `run`.
 
     A missed limit is listed in ``failed`` of the result; `check` raises for it.
+
+    Args:
+        options: how to load the float model: `_SOURCE_OPTIONS`, as on the command line (``shape="3,32,32"``).
+
+    Raises:
+        EdadmError: as `run`.
     """
+    unknown = sorted(set(options) - set(_SOURCE_OPTIONS))
+    if unknown:
+        raise InputError(f"evaluate_model: unknown option {unknown[0]!r}; allowed are {', '.join(_SOURCE_OPTIONS)}")
     wanted = Options(count, batch, seed, engine, _path(data), _path(features), fail_below, fail_above)
     return run(Path(artifact), Path(reference), wanted, progress, **options)
 

@@ -64,7 +64,7 @@ def _steps(noise: Mapping[str, Any]) -> Table:
 def _images(result: Mapping[str, Any]) -> Table:
     """Final images of both models, pair by pair."""
     images = result["images"]
-    table = Table(title="images from the same noise, quantized against float", title_justify="left")
+    table = Table(title="images, quantized against float", title_justify="left")
     table.add_column("measure")
     for name in ("mean", "median", "worst"):
         table.add_column(name, justify="right")

@@ -189,6 +189,7 @@ def test_limits(files):
         ({"batch": 0}, "--batch: got 0, allowed 1 or more"),
         ({"seed": -1}, "--seed: got -1, allowed 0 to 1000000"),
         ({"engine": "tpu"}, "engine: got 'tpu'"),
+        ({"sceduler": "x.json"}, "evaluate_model: unknown option 'sceduler'; allowed are shape, scheduler"),
         ({"shape": "3,16,16"}, "--reference takes inputs"),
     ],
     ids=lambda v: "" if isinstance(v, str) else next(iter(v)),

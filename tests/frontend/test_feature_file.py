@@ -22,6 +22,14 @@ class Pool(nn.Module):
         return torch.cat((images.mean(dim=(2, 3)), images.square().mean(dim=(2, 3))), dim=1)
 
 
+class Quiet(Pool):
+    """The same without gradients, which torch.export writes as a call of a sub-graph."""
+
+    def forward(self, images):
+        with torch.no_grad():
+            return super().forward(images)
+
+
 class Flat(nn.Module):
     def forward(self, images):
         return images.flatten(2)
@@ -46,6 +54,12 @@ def test_any_number_of_images_is_embedded(tmp_path, batch, count):
     images = 2 * torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found = extractor(images)
     assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected(images), rtol=1e-6, atol=1e-7)
+
+
+def test_networks_without_gradients_are_read(tmp_path):
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = load_extractor(save(tmp_path / "f.pt2", Quiet()), (3, 8, 8))(images)
     torch.testing.assert_close(found, expected(images), rtol=1e-6, atol=1e-7)
 
 
