@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edadm_compile.config import LayerRule, QuantConfig, ReconstructionConfig, TdacConfig
     from edadm_compile.driver.compile import compile_model
+    from edadm_compile.driver.evaluate import evaluate_model
     from edadm_compile.driver.export import export_onnx
     from edadm_compile.runtime.session import CompiledModel, load
 
@@ -19,11 +20,13 @@ __version__ = "0.1.0"
 _HOME = {
     "QuantConfig": "config", "LayerRule": "config", "TdacConfig": "config", "ReconstructionConfig": "config",
     "compile_model": "driver.compile", "export_onnx": "driver.export",
+    "evaluate_model": "driver.evaluate",
     "load": "runtime.session", "CompiledModel": "runtime.session",
 }  # fmt: skip
 
 __all__ = [
-    "CompiledModel", "LayerRule", "QuantConfig", "ReconstructionConfig", "TdacConfig", "compile_model", "export_onnx", "load",
+    "CompiledModel", "LayerRule", "QuantConfig", "ReconstructionConfig", "TdacConfig", "compile_model",
+    "evaluate_model", "export_onnx", "load",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@
     ├── CalibrationError      calibration data that cannot be used (not finite, wrong shape)
     ├── ArtifactError         a .qmod file that is truncated, altered, foreign or of an unknown version
     ├── ContractError         integer execution and simulated quantization disagree (``verify`` failed)
+    ├── QualityError          measured quality is beyond a limit that was asked for (``evaluate`` failed)
     ├── TargetError           a GPU without code in the file, or a missing tool to make or run it
     └── ExportError           a program, or a request, that has no ONNX form
 
@@ -61,6 +62,12 @@ class ArtifactError(EdadmError):
 
 class ContractError(EdadmError):
     """Integer execution does not match the simulated quantization it was compiled from."""
+
+    exit_code = 7
+
+
+class QualityError(EdadmError):
+    """Measured quality is beyond a limit that the user set; the same exit code as other failed checks."""
 
     exit_code = 7
 

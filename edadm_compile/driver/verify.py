@@ -45,7 +45,7 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
     """
     loaded = read(artifact)
     source = load_source(reference, load_options(options, loaded.lowered.sampler))
-    _same_inputs(source, loaded)
+    same_inputs(source, loaded)
     settings = loaded.manifest["config"]
     config = QuantConfig(attention=str(settings["attention"]), deploy=settings.get("deploy"))
     program = run_passes(
@@ -65,19 +65,24 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
         "weights": weights,
     }
     result["end_to_end"] = _end_to_end(program, loaded, x, conditions, seed)
-    result["same_model"] = _same_model(source, loaded)
+    result["same_model"] = same_model(source, loaded)
     result["broken"] = _broken(result)
     return result
 
 
-def _same_inputs(source: Source, loaded: Artifact) -> None:
+def same_inputs(source: Source, loaded: Artifact) -> None:
+    """Refuse a reference that is called with other inputs than the artifact.
+
+    Raises:
+        InputError: naming both lists of inputs.
+    """
     ours = [(s.name, s.shape) for s in loaded.lowered.signature.inputs]
     theirs = [(s.name, s.shape) for s in source.signature.inputs]
     if ours != theirs:
         raise InputError(f"--reference takes inputs {theirs}, the artifact was compiled from a model with {ours}")
 
 
-def _same_model(source: Source, loaded: Artifact) -> bool:
+def same_model(source: Source, loaded: Artifact) -> bool:
     """Whether the reference file is byte for byte the one that was compiled."""
     return bool(source.origin.get("sha256") == loaded.manifest["source"].get("sha256"))
 

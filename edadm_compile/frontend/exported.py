@@ -62,7 +62,7 @@ def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) ->
         raise InputError(
             f"{path}: condition {unknown[0]!r} is not an input; the program takes {', '.join(n for n, _ in tensors)}"
         )
-    lowest, largest = _batch_range(program, tensors[0][1])
+    lowest, largest = batch_range(program, tensors[0][1])
     inputs = []
     for i, (name, value) in enumerate(tensors):
         if i >= 2 and name not in pool:
@@ -79,7 +79,8 @@ def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) ->
     return Signature(tuple(inputs), "tensor", largest, lowest, source="torch.export program")
 
 
-def _batch_range(program: ExportedProgram, x: Tensor) -> tuple[int, int]:
+def batch_range(program: ExportedProgram, x: Tensor) -> tuple[int, int]:
+    """Smallest and largest batch of an input, `x` being its placeholder's value."""
     size = x.shape[0]
     if not isinstance(size, torch.SymInt):
         return int(size), int(size)

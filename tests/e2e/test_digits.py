@@ -351,3 +351,39 @@ def test_both_engines_draw_the_same_digits(compiled, tmp_path):
             pictures.append(torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).double())
     error = (pictures[0] - pictures[1]).square().mean()
     assert 10 * torch.log10(255**2 / error) > 25
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The scripts of the example."""
+    import importlib
+
+    monkeypatch.syspath_prepend(str(MODEL.parent))
+    return importlib.import_module("judge_files")
+
+
+def test_the_quality_of_the_file_is_measured_with_the_examples_classifier(compiled, example, tmp_path):
+    example.write_data(tmp_path / "real.npz")
+    limits = ["--fail-below", "sqnr=15,psnr=15,ssim=0.5", "--fail-above", "frechet=5,frechet_data=30"]
+    args = ["evaluate", compiled[0], "--reference", MODEL, "-n", 20, "--data", tmp_path / "real.npz", "--json"]
+    result = _invoke(*args, *limits)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["same_model"] is True and len(report["noise"]["per_step"]) == 10 and report["data"]["images"] == 1797
+    assert [row["between"] for row in report["distances"]] == [
+        ["quantized", "float"], ["quantized", "data"], ["float", "data"],
+    ]  # fmt: skip
+    assert all(row["features"] == "features.pt2" and row["dimension"] == 48 for row in report["distances"])
+    assert report["distances"][0]["frechet"] < 0.5 * report["distances"][1]["frechet"]
+    result = _invoke(*args, "--fail-below", "psnr=60")
+    assert result.exit_code == 7 and "psnr (PSNR of the images, mean) is" in result.stderr
+
+
+def test_the_examples_extractor_is_its_classifier(example, tmp_path):
+    from edadm_compile.frontend.feature_file import load_extractor
+
+    images = example.load_real_digits()[0][:70]
+    expected = example.load_classifier().features(images).double()
+    example.write_features(tmp_path / "again.pt2")
+    for path in (MODEL.with_name("features.pt2"), tmp_path / "again.pt2"):
+        torch.testing.assert_close(load_extractor(path, (1, 16, 16))(images), expected, rtol=1e-5, atol=1e-5)

@@ -51,6 +51,7 @@ def test_dead_features_do_not_break_the_distance():
 
 def test_decibels():
     assert decibel(100.0, 1.0) == 20.0 and decibel(1.0, 0.0) == math.inf and decibel(0.0, 1.0) == -math.inf
+    assert decibel(1.0, math.inf) == -math.inf and math.isnan(decibel(1.0, math.nan))
     reference = torch.tensor([3.0, 4.0])
     assert sqnr(reference, reference + torch.tensor([0.3, 0.4])) == pytest.approx(20.0, abs=1e-4)
     assert sqnr(reference, 2 * reference) == pytest.approx(0.0)
