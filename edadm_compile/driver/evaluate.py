@@ -82,7 +82,7 @@ def run(
     model = load(artifact, device="cuda" if wanted.engine == "cuda" else "cpu", engine=wanted.engine)
     shape = model.signature.inputs[0].shape
     data = None if wanted.data is None else open_data(wanted.data, shape)
-    spec = chosen_sampler(model, options.get("scheduler"), options.get("steps"))
+    spec = chosen_sampler(model, options)
     source = load_source(reference, load_options(options, spec))
     same_inputs(source, model.artifact)
     judges = find_judges(shape, wanted.count, reference, wanted.features, data)
