@@ -15,6 +15,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "benchmarks" / "results" / "cpu-2core" / "digits_quality.json"
 CIFAR10 = ROOT / "benchmarks" / "results" / "cpu-2core" / "onnxruntime_cifar10.json"
+METHODS = ROOT / "benchmarks" / "results" / "cpu-2core" / "methods.json"
+KERNELS = ROOT / "benchmarks" / "results" / "h200" / "kernel_targets.json"
+_WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4")
 _TITLES = {
     "float": "float model",
     "w8a8": "W8A8, default",
@@ -104,12 +107,68 @@ def _speed_line(row: dict[str, Any]) -> str:
     return f"| {name} | {row['mode']} | {row['milliseconds']['median']:.1f} | {row['times_faster']['median']:.2f} | {quality} |"
 
 
+def methods_table(results: dict[str, Any]) -> str:
+    """Published methods beside the default one as Markdown."""
+    budget, cells = results["budget"], list(results["cells"].values())
+    names = [
+        n
+        for n in ("min-max", "PTQ4DM", "TFMQ-DM", "EDA-DM", "Q-Diffusion", "ours, strict", "ours")
+        if any(c["method"] == n for c in cells)
+    ]
+    seeds = len({cell["seed"] for cell in cells})
+    lines = [
+        f"Digits example, mean of {seeds} seeds, {budget['iters']} reconstruction steps per block and phase, {budget['samples']} calibration samples, {budget['n']} images",
+        f"({', '.join(f'[{k}]({METHODS.with_suffix(s).relative_to(ROOT)})' for k, s in (('cells', '.json'), ('table', '.csv'), ('plot', '.png')))}, made by `benchmarks/quality/methods.py`).",
+        "What each method is here: [docs/quantization.md](docs/quantization.md#10-methods). In each cell: noise SQNR in dB, and the Fréchet",
+        "distance of its images to the float model's.",
+        "",
+        "| | " + " | ".join(width.upper() for width in _WIDTHS) + " |",
+        "|---" * (len(_WIDTHS) + 1) + "|",
+    ]  # fmt: skip
+    for name in names:
+        row = []
+        for width in _WIDTHS:
+            found = [c for c in cells if (c["method"], c["width"]) == (name, width)]
+            sqnr, distance = (sum(c[k] for c in found) / len(found) for k in ("sqnr_db", "frechet_to_float"))
+            row.append(f"{sqnr:.1f}, {distance:.3f}")
+        title = {"ours": "default", "ours, strict": "default, `--uniform`"}.get(name, name)
+        lines.append(f"| {title} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def kernels_table(results: dict[str, Any]) -> str:
+    """Kernels on a GPU as Markdown."""
+    machine, peak = results["machine"], results["ceilings"]["int8_operations_per_second"]
+    lines = [
+        f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}; int8 peak, measured on operands that never leave the multiprocessor: {peak / 1e12:.0f} TOPS",
+        f"([file]({KERNELS.relative_to(ROOT)}), [what it is](benchmarks/results/h200/README.md)). Best tile of each kernel; in each cell: TOPS, and times",
+        "faster than cuBLAS or cuDNN in float16.",
+        "",
+        "| | W8A8 portable | W8A8 sm_90 | W4A8 portable | W4A8 sm_90 |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for shape in results["shapes"]:
+        if shape["group"] == "norm":
+            continue
+        sizes = (
+            f"{shape['rows']} x {shape['channels']} x {shape['outputs']}" if shape["group"] == "gemm"
+            else f"3x3, {shape['channels']} to {shape['outputs']}, {shape['height']}², batch {shape['batch']}"
+        )  # fmt: skip
+        cells = []
+        for name in ("portable w8", "sm_90 path w8", "portable w4", "sm_90 path w4"):
+            cells.append(f"{shape[name]['operations_per_second'] / 1e12:.0f}, {shape[name]['speedup_over_fp16']:.2f}")
+        lines.append(f"| {sizes} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def rendered(text: str) -> str:
-    """README.md with both sections from the files."""
+    """README.md with its sections from the files."""
     quality = json.loads(DIGITS.read_text())
     sections = {
         "results": f"{digits_table(quality)}\n\n{onnx_table(quality)}",
+        "methods": methods_table(json.loads(METHODS.read_text())),
         "speed": speed_table(json.loads(CIFAR10.read_text())),
+        "kernels": kernels_table(json.loads(KERNELS.read_text())),
     }
     for name, section in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
