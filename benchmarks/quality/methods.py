@@ -168,8 +168,8 @@ def plot(out: Path, result: dict[str, Any]) -> None:
         axis.set_xticks(range(len(widths)), [w.upper() for w in widths])
         axis.set_ylabel(label)
     axes[1].set_yscale("log")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(names), fontsize=8)
     figure.savefig(out.with_suffix(".png"), dpi=150)
 
 
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         before = json.loads(args.out.with_suffix(".json").read_text())
         if before["budget"] != budget:
             parser.error(f"{args.out}.json was made with {before['budget']}, not {budget}; choose another --out")
-        result["cells"] = before["cells"]
+        result = before  # with the machine that most of it was measured on
     order = itertools.product(range(args.seeds), args.widths.split(","), names)
     todo = [(m, w, s) for s, w, m in order if f"{m} {w} {s}" not in result["cells"]]
     if todo:
