@@ -15,7 +15,8 @@ RANK = {
 #: Third-party packages that only some parts may use; everything may use torch.
 ALLOWED = {
     "diffusers": {"calibration", "frontend"}, "sklearn": {"calibration", "frontend"}, "safetensors": {"runtime", "frontend", "driver"},
-    "click": {"cli"}, "rich": {"report", "driver", "cli"}, "PIL": {"driver", "report"}, "numpy": {"calibration", "evaluate", "report", "runtime"},
+    "click": {"cli"}, "rich": {"report", "driver", "cli"}, "PIL": {"driver", "report"}, "numpy": {"calibration", "evaluate", "passes", "report", "runtime"},
+    "scipy": {"passes"},
     "triton": {"kernels"}, "cuda": {"runtime"}, "onnx": {"export"}, "onnx_ir": {"export", "runtime"}, "ml_dtypes": {"export"}, "onnxruntime": {"runtime"},
     "torch": set(RANK) - {"errors", "config", "cli"},
 }  # fmt: skip
