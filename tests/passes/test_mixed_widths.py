@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from edadm_compile.config import LayerRule
 from edadm_compile.errors import CalibrationError, ConfigError
@@ -23,26 +22,7 @@ from edadm_compile.pipeline import compile_source
 from edadm_compile.quant.affine import per_channel, weight_codes
 from edadm_compile.quant.observers import search_weight
 from edadm_compile.quant.spec import weight_spec
-from tests.graphs import TinyUNet, apply, collected, float_program, random_calibration, small_config, source_of
-
-
-class Planted(nn.Module):
-    """Four equal layers in a row; the weight of `wild` has rare large values, which four bits cannot hold."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
-        for name in ("first", "second", "wild", "third"):
-            setattr(self, name, nn.Conv2d(8, 8, 3, padding=1))
-        with torch.no_grad():
-            self.wild.weight *= torch.rand(self.wild.weight.shape).pow(8) * 6
-
-    def forward(self, x, t):
-        h = self.stem(x)
-        for layer in (self.first, self.second, self.wild, self.third):
-            h = h + layer(torch.nn.functional.silu(h))
-        return self.head(h)
+from tests.graphs import Planted, TinyUNet, apply, collected, float_program, random_calibration, small_config, source_of
 
 
 @pytest.fixture(scope="module")
