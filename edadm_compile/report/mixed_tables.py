@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_mixed(out: Console, mixed: dict[str, Any] | None) -> None:
+def print_mixed(out: Console, mixed: dict[str, Any] | None, quality: dict[str, Any] | None) -> None:
     """Print the layers with their widths and errors, then the curve of size and quality; nothing without a choice.
 
     Args:
         mixed: the report of `edadm_compile.passes.mixed_widths.choose_widths`.
+        quality: the measured quality of the finished program, or None.
     """
     if mixed is None:
         return
@@ -28,6 +29,13 @@ def print_mixed(out: Console, mixed: dict[str, Any] | None) -> None:
         table.add_row(row["layer"], f"{row['parameters']:,}", widths, narrow, wide)
     out.print(table)
     out.print(_asked(mixed), highlight=False)
+    measured = None if quality is None else quality["sqnr"]
+    if mixed["min_sqnr"] is not None and measured is not None and measured < mixed["min_sqnr"]:
+        out.print(
+            f"note: the finished program has {_db(measured)}, less than the {mixed['min_sqnr']:g} dB asked for: the "
+            f"prediction leaves out how errors add up; ask for {2 * mixed['min_sqnr'] - measured:.1f} dB",
+            highlight=False,
+        )
     if mixed["measured"]:
         points = ", ".join(f"{p['bits']:.2f} bits {_db(p['predicted_sqnr'])}" for p in mixed["curve"])
         out.print(f"best predicted by size: {points}", highlight=False)

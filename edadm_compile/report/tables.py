@@ -86,7 +86,7 @@ def print_inspect(report: dict[str, Any]) -> None:
     out.print(
         f"weights of quantized layers {human(t['bytes'])}, {t['ratio_to_fp16']} of fp16; file {human(report['file_bytes'])}"
     )
-    print_mixed(out, report["mixed_precision"])
+    print_mixed(out, report["mixed_precision"], report["quality"])
     print_device(report["device"])
     if report["quality"]:
         out.print(f"noise-prediction SQNR against the float model {_db(report['quality']['sqnr'])}")
@@ -132,7 +132,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     stages = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in summary["seconds"].items() if v >= 0.5)
     table.add_row("time", f"{summary['total_seconds']:.0f} s ({stages})")
     out.print(table)
-    print_mixed(out, summary["mixed_precision"])
+    print_mixed(out, summary["mixed_precision"], summary["sqnr_db"])
     print_device(summary.get("device"))
     for name, reason in summary["float_layers"].items():
         out.print(f"float: {name}: {reason}", highlight=False)

@@ -1,12 +1,15 @@
 """`--budget-bits` and `--min-sqnr` on the command line: what is printed, what is in the file, what is refused."""
 
+import io
 import json
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from edadm_compile.cli import main
 from edadm_compile.driver import compile as compile_driver
+from edadm_compile.report.mixed_tables import print_mixed
 from tests.graphs import Planted, source_of
 
 _SETTINGS = "calib_samples = 8\n[tdac]\ntrajectories = 2\n[reconstruction]\niters = 0\n"
@@ -56,6 +59,18 @@ def test_a_wanted_quality_is_printed_with_what_it_takes(run):
     assert result.exit_code == 0, result.output
     text = " ".join(result.stdout.split())
     assert "asked for at least 20 dB" in text and "layers at 8, chosen by error" in text and "w8a16 fixed" in text
+
+
+def test_a_measured_quality_below_the_wanted_one_is_said():
+    mixed = {
+        "budget_bits": None, "min_sqnr": 30.0, "measured": True, "stored_bits": 5.0, "predicted_sqnr": 30.2,
+        "layers": [], "curve": [],
+    }  # fmt: skip
+    for measured, said in ((29.4, True), (30.0, False), (None, False)):
+        out = Console(width=400, record=True, file=io.StringIO())
+        print_mixed(out, mixed, {"sqnr": measured})
+        text = out.export_text()
+        assert ("has 29.4 dB, less than the 30 dB asked for" in text and "ask for 30.6 dB" in text) == said
 
 
 def test_without_either_nothing_is_said(run):
