@@ -134,7 +134,8 @@ def _pick(choices: list[Choice], parameters: int, signal: float, config: QuantCo
         size = total_bits(choices, least_bits(choices, best * (1 + 1e-9)) or []) / parameters
         raise ConfigError(
             f"min_sqnr: got {config.min_sqnr} dB, the highest that widths of 4 and 8 bits are predicted to reach is "
-            f"{math.floor(100 * (_decibel(best, signal) or 0)) / 100} dB, at {size:.2f} stored bits per weight"
+            f"{math.floor(100 * (_decibel(best, signal) or 0)) / 100} dB, at {size:.2f} stored bits per weight; "
+            "ask for less, or for wider activations"
         )
     return picked
 
