@@ -152,6 +152,18 @@ def main() -> None:
 )
 @click.option("--uniform", is_flag=True, default=None, help="Strict widths: no promoted layers, 8-bit stem input.")
 @click.option(
+    "--budget-bits",
+    type=float,
+    metavar="BITS",
+    help="Choose 8-bit layers by measured error: at most so many stored bits per weight on average.",
+)
+@click.option(
+    "--min-sqnr",
+    type=float,
+    metavar="DB",
+    help="The same: fewest stored bits with at least so much predicted noise SQNR.",
+)
+@click.option(
     "--attention", type=click.Choice(["float", "int8"]), help="Attention products in float (default) or int8."
 )
 @click.option(

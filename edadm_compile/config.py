@@ -93,6 +93,9 @@ class QuantConfig:
         uniform: strict widths: no 16-bit stem input, no promoted layers (first and last layer stay 8-bit).
         promoted_share: largest share of the parameters in 8-bit layers of a narrower model; 0.15 keeps a W4 model at
             4.6 bits on average.
+        budget_bits: choose 8-bit layers by integer programming: least predicted error with at most so many stored bits
+            per weight on average (see `edadm_compile.passes.mixed_widths`); None keeps the promotion rule.
+        min_sqnr: the same: fewest stored bits with at least so many dB of predicted noise SQNR; None: no such bound.
         attention: "float" or "int8" for the two attention matrix products.
         deploy: "onnxruntime" makes the program that engine runs best: convolutions get quantized outputs, which
             reconstruction takes part in, and single-head attention is folded; None for no engine in particular.
@@ -113,6 +116,8 @@ class QuantConfig:
     method: str = "default"
     uniform: bool = False
     promoted_share: float = 0.15
+    budget_bits: float | None = None
+    min_sqnr: float | None = None
     attention: str = "float"
     deploy: str | None = None
     selection: str | None = None
@@ -156,9 +161,39 @@ class QuantConfig:
         _in_range("reconstruction.qdrop", self.reconstruction.qdrop or 0.0, 0.0, 1.0)
         _in_range("tdac.radius_quantile", self.tdac.radius_quantile, 0.0, 1.0)
         _in_range("promoted_share", self.promoted_share, 0.0, 1.0)
+        self._check_automatic()
         for rule in self.rules:
             _one_of(f"rule {rule.pattern!r} weight_bits", rule.weight_bits, (*WEIGHT_BITS, 32, None))
             _one_of(f"rule {rule.pattern!r} act_bits", rule.act_bits, (*ACT_BITS, 32, None))
+
+    def _check_automatic(self) -> None:
+        if not self.is_automatic:
+            return
+        setting = "budget_bits" if self.budget_bits is not None else "min_sqnr"
+        if self.budget_bits is not None and self.min_sqnr is not None:
+            raise ConfigError(
+                f"budget_bits = {self.budget_bits} and min_sqnr = {self.min_sqnr} exclude each other: one fixes the "
+                "size, the other the quality; give one of them"
+            )
+        if self.uniform or not self.recipe.edges:
+            other = "uniform" if self.uniform else f'method = "{self.method}"'
+            raise ConfigError(
+                f"{setting} and {other} exclude each other: strict widths leave nothing to choose; drop one of them"
+            )
+        if self.weight_bits > 4:
+            raise ConfigError(
+                f"weight_bits: got {self.weight_bits} together with {setting}, which chooses between this width and 8 "
+                "bits; weights of 5 to 8 bits are all stored in 8, so give weight_bits of at most 4"
+            )
+        if self.budget_bits is not None:
+            _in_range("budget_bits (weights are stored in 4 or 8 bits)", self.budget_bits, 4.0, 8.0)
+        if self.min_sqnr is not None:
+            _in_range("min_sqnr (dB)", self.min_sqnr, 0.0, 120.0)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether widths are chosen by integer programming."""
+        return self.budget_bits is not None or self.min_sqnr is not None
 
     @property
     def name(self) -> str:

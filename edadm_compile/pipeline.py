@@ -28,6 +28,7 @@ from edadm_compile.passes.freeze import Freeze
 from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
+from edadm_compile.passes.mixed_widths import check_reachable
 from edadm_compile.passes.reconstruct import Reconstruct
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
@@ -126,6 +127,7 @@ def compile_source(
     ctx.progress.stage("capture", None)
     program = capture(source)
     program = run_passes(program, float_passes(), ctx, dump)
+    check_reachable(program, config)  # before the expensive part: what is out of reach here stays so
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
     ctx.calibration = collect(program, config, ctx.generator(1), pool=source.conditions, advance=ctx.progress.advance)

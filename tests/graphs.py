@@ -267,3 +267,22 @@ class _Attention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)
         h = torch.nn.functional.scaled_dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens))
         return x + self.out(h).transpose(1, 2).reshape(b, c, height, width)
+
+
+class Planted(nn.Module):
+    """Four equal layers in a row; the weight of `wild` has rare large values, which four bits cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        for name in ("first", "second", "wild", "third"):
+            setattr(self, name, nn.Conv2d(8, 8, 3, padding=1))
+        with torch.no_grad():
+            self.wild.weight *= torch.rand(self.wild.weight.shape).pow(8) * 6
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.stem(x)
+        for layer in (self.first, self.second, self.wild, self.third):
+            h = h + layer(torch.nn.functional.silu(h))
+        return self.head(h)

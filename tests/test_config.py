@@ -211,3 +211,41 @@ def test_bad_shapes_are_refused(text):
 
 def test_shapes():
     assert parse_shape("3, 32,16") == (3, 32, 16)
+
+
+_AUTOMATIC = {
+    "both": (
+        {"budget_bits": 5.0, "min_sqnr": 30.0},
+        r"budget_bits = 5.0 and min_sqnr = 30.0 exclude each other.*one of",
+    ),
+    "uniform": ({"budget_bits": 5.0, "uniform": True}, r"budget_bits and uniform exclude each other.*drop one"),
+    "minmax": ({"min_sqnr": 30.0, "method": "minmax"}, r'min_sqnr and method = "minmax" exclude each other'),
+    "wide": ({"budget_bits": 5.0, "weight_bits": 6}, r"weight_bits: got 6 together with budget_bits.*at most 4"),
+    "low": ({"budget_bits": 3.9}, r"budget_bits .*got 3.9, must be between 4.0 and 8.0"),
+    "high": ({"budget_bits": 9}, r"budget_bits .*got 9, must be between 4.0 and 8.0"),
+    "nan": ({"budget_bits": math.nan}, r"budget_bits .*got nan, must be"),
+    "negative": ({"min_sqnr": -1.0}, r"min_sqnr \(dB\): got -1.0, must be between 0.0 and 120.0"),
+    "endless": ({"min_sqnr": math.inf}, r"min_sqnr \(dB\): got inf, must be"),
+}
+
+
+@pytest.mark.parametrize("name", _AUTOMATIC)
+def test_a_budget_or_a_quality_that_contradicts_other_settings_is_refused(name):
+    changes, message = _AUTOMATIC[name]
+    with pytest.raises(ConfigError, match=message):
+        QuantConfig(**changes)
+
+
+def test_a_budget_and_a_quality_come_from_the_file_or_the_command_line(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("budget_bits = 5")
+    assert make_config({}, path).budget_bits == 5 and make_config({"budget_bits": 4.5}, path).budget_bits == 4.5
+    assert make_config({"min_sqnr": 31.5}, None).min_sqnr == 31.5
+    assert make_config({}, path).is_automatic and not QuantConfig().is_automatic
+    with pytest.raises(ConfigError, match="exclude each other"):
+        make_config({"min_sqnr": 30.0}, path)
+    with pytest.raises(ConfigError, match="together with min_sqnr"):
+        make_config({"min_sqnr": 30.0, "preset": "w8a8"}, None)
+    path.write_text("budget_bits = 'small'")
+    with pytest.raises(ConfigError, match="budget_bits must be float"):
+        make_config({}, path)

@@ -15,7 +15,8 @@ RANK = {
 #: Third-party packages that only some parts may use; everything may use torch.
 ALLOWED = {
     "diffusers": {"calibration", "frontend"}, "sklearn": {"calibration", "frontend"}, "safetensors": {"runtime", "frontend", "driver"},
-    "click": {"cli"}, "rich": {"report", "driver", "cli"}, "PIL": {"driver", "report"}, "numpy": {"calibration", "driver", "evaluate", "report", "runtime"}, "torchmetrics": {"evaluate"}, "torch_fidelity": {"evaluate"},
+    "click": {"cli"}, "rich": {"report", "driver", "cli"}, "PIL": {"driver", "report"}, "numpy": {"calibration", "driver", "evaluate", "passes", "report", "runtime"}, "torchmetrics": {"evaluate"}, "torch_fidelity": {"evaluate"},
+    "scipy": {"passes"},
     "triton": {"kernels"}, "cuda": {"runtime"}, "onnx": {"export"}, "onnx_ir": {"export", "runtime"}, "ml_dtypes": {"export"}, "onnxruntime": {"runtime"},
     "torch": set(RANK) - {"errors", "methods", "config", "cli"},
 }  # fmt: skip

@@ -146,7 +146,7 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
         values["weight_bits"], values["act_bits"] = PRESETS[preset]
     names = {"weights_bits": "weight_bits", "acts_bits": "act_bits", "method": "method", "uniform": "uniform",
              "attention": "attention", "deploy": "deploy", "seed": "seed", "calib_samples": "calib_samples",
-             "selection": "selection", "split": "split"}  # fmt: skip
+             "selection": "selection", "split": "split", "budget_bits": "budget_bits", "min_sqnr": "min_sqnr"}  # fmt: skip
     for option, name in names.items():
         value = options.get(option)
         if value is not None:
@@ -173,6 +173,7 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         "allocation": result.allocation,
         "units": result.stats.get("reconstruct", {}).get("units", []),
         "average_bits": result.stats["assign_widths"]["average_bits"],
+        **({"mixed_precision": mixed} if (mixed := result.stats["assign_widths"].get("mixed")) else {}),
         "versions": {
             "edadm_compile": edadm_compile.__version__,
             "torch": torch.__version__,
@@ -197,6 +198,7 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
         "layers": dict(sorted(widths.items())),
         "average_weight_bits": round(result.stats["assign_widths"]["average_bits"], 3),
         "promoted": result.stats["assign_widths"].get("promoted", []),
+        "mixed_precision": result.stats["assign_widths"].get("mixed"),
         "blocks": len(units),
         "bytes": {"fp32_parameters": 2 * result.float_bytes, "fp16_parameters": result.float_bytes, "file": size},
         "weights": totals(rows),

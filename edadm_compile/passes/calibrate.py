@@ -47,7 +47,7 @@ class Calibrate:
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Observe the calibration set through the float graph, then search ranges."""
         quantizers = [(n, q) for n, q in activation_quantizers(program) if not n.meta.get("output_quantizer")]
-        observers = {node: _Observer() for node, _ in quantizers}
+        observers = {node: ActivationObserver() for node, _ in quantizers}
         nodes = program.graph_module.graph.nodes
         outputs = {node: ChannelObserver() for node in nodes if writes_codes(node, layer_of(node))}
         _observe(program, observers, {pixels_of(node): o for node, o in outputs.items()}, ctx)
@@ -94,7 +94,7 @@ def weight_quantizers(program: Program) -> Iterator[tuple[fx.Node, WeightFakeQua
 
 
 @dataclass
-class _Observer:
+class ActivationObserver:
     """Running minimum, maximum and a subsample of one activation."""
 
     low: float = 0.0
@@ -140,7 +140,10 @@ def _set_output(program: Program, node: fx.Node, observer: ChannelObserver, *, m
 
 
 def _observe(
-    program: Program, observers: dict[fx.Node, _Observer], outputs: dict[fx.Node, ChannelObserver], ctx: Context
+    program: Program,
+    observers: dict[fx.Node, ActivationObserver],
+    outputs: dict[fx.Node, ChannelObserver],
+    ctx: Context,
 ) -> None:
     inputs = ctx.calibration.inputs
     total = inputs[0].shape[0]
@@ -157,7 +160,7 @@ def _observe(
 
 
 #: Observers by node, values to keep of each batch, and what draws them.
-_Sampler = tuple[Mapping[fx.Node, _Observer | ChannelObserver], int, torch.Generator]
+_Sampler = tuple[Mapping[fx.Node, ActivationObserver | ChannelObserver], int, torch.Generator]
 
 
 class _Recorder(fx.Interpreter):

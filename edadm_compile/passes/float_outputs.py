@@ -12,10 +12,9 @@ from torch import Tensor, fx
 from edadm_compile.ir.analysis import layer_weight, shape_of
 from edadm_compile.ir.output_codes import can_be_float, pixels_of, writes_codes
 from edadm_compile.ir.program import Program, layer_of
-from edadm_compile.passes.assign_widths import MEASURE_LIMIT
 from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
-from edadm_compile.passes.sensitivity import float_values, output_energy, output_error
+from edadm_compile.passes.sensitivity import MEASURE_LIMIT, float_values, output_energy, output_error
 from edadm_compile.quant.affine import dequantize, quantize
 from edadm_compile.quant.spec import act_spec
 

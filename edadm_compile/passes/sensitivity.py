@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from edadm_compile.quant.affine import per_channel, weight_codes
 from edadm_compile.quant.observers import search_weight
 from edadm_compile.quant.spec import weight_spec
 
+#: Above this many parameters one forward per layer is too slow; cheaper rules decide instead.
+MEASURE_LIMIT = 100_000_000
 #: Sampler states and trajectories of the measurement batch.
 _STATES, _TRAJECTORIES = 8, 6
 #: Clip candidates of the range search here; coarser than the real one, the error hardly changes.
@@ -46,9 +49,13 @@ def sensitivities(
 
 def float_values(program: Program, ctx: Context) -> dict[fx.Node, Any]:
     """Value of every node of a float program on the measurement batch."""
-    branches = 2 if program.sampler.guided else 1
-    inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, branches)
-    arguments = iter(program.graph_inputs(inputs))
+    inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, branches_of(program))
+    return values_of(program, inputs)
+
+
+def values_of(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
+    """Value of every node of a program on `inputs`, the model's, as a batch that the graph accepts."""
+    arguments = iter(program.graph_inputs(list(inputs)))
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in program.graph_module.graph.nodes:
@@ -56,46 +63,93 @@ def float_values(program: Program, ctx: Context) -> dict[fx.Node, Any]:
     return values
 
 
-def output_energy(program: Program, values: dict[fx.Node, Any]) -> float:
-    """Squared output of the float model on the measurement batch."""
-    return float(values[program.graph_module.graph.output_node()].double().square().sum())
+def output_energy(program: Program, values: dict[fx.Node, Any], weights: Tensor | None = None) -> float:
+    """Squared output of the float model, summed over the rows of the batch, with `weights` [rows] where given."""
+    return _energy(values[program.graph_module.graph.output_node()], weights)
 
 
-def output_error(program: Program, changed: dict[fx.Node, Any], values: dict[fx.Node, Any]) -> float:
+#: What a node reads, by node, before -> after rounding.
+Rounding = Callable[[dict[fx.Node, Any]], dict[fx.Node, Any]]
+
+
+def output_error(
+    program: Program,
+    changed: dict[fx.Node, Any],
+    values: dict[fx.Node, Any],
+    roundings: Mapping[fx.Node, Rounding] = types.MappingProxyType({}),
+    weights: Tensor | None = None,
+) -> float:
     """Squared error of the output when some values are others; only what depends on them is recomputed.
 
     Args:
         changed: new values by node; filled with those of the nodes behind.
         values: from `float_values`.
+        roundings: nodes that see other operands than the rest of the graph.
+        weights: float64 [rows], of the rows of the batch in the sum; 1 each where not given.
     """
     with torch.no_grad():
         for node in program.graph_module.graph.nodes:
-            if node not in changed and any(n in changed for n in node.all_input_nodes):
-                read = {n: changed.get(n, values[n]) for n in node.all_input_nodes}
-                changed[node] = evaluate(program.graph_module, node, read)
+            rounding = roundings.get(node)
+            if node in changed or (rounding is None and not any(n in changed for n in node.all_input_nodes)):
+                continue
+            read = {n: changed.get(n, values[n]) for n in node.all_input_nodes}
+            changed[node] = evaluate(program.graph_module, node, read if rounding is None else rounding(read))
     output = program.graph_module.graph.output_node()
-    return float((changed[output] - values[output]).double().square().sum())
+    return _energy(changed[output] - values[output], weights)
+
+
+def _energy(value: Tensor, weights: Tensor | None) -> float:
+    squares = value.double().square()
+    if weights is None:
+        return float(squares.sum())
+    return float((squares.flatten(1).sum(1) * weights).sum())
+
+
+def branches_of(program: Program) -> int:
+    """2 where the rows of the trajectories are those of a doubled batch (guidance)."""
+    return 2 if program.sampler.guided else 1
 
 
 def measurement_inputs(trajectories: Trajectories, signature: Signature, branches: int = 1) -> list[Tensor]:
     """A few states of the float trajectories as one batch of model inputs that the graph accepts.
 
     Args:
-        branches: 2 where the rows of the trajectories are those of a doubled batch; both halves are then measured.
+        branches: of `branches_of`; both halves are measured.
     """
+    chosen, picked, rows = _measured(trajectories, signature, branches)
+    x = trajectories.x[chosen][:, picked].flatten(0, 1)
+    t = trajectories.t[chosen].repeat_interleave(picked.numel())
+    conditions = [c[picked].repeat(chosen.numel(), *[1] * (c.dim() - 1)) for c in trajectories.conditions]
+    return [value[rows] for value in (x, t, *conditions)]
+
+
+def measurement_weights(trajectories: Trajectories, signature: Signature, branches: int = 1) -> Tensor:
+    """Sampler steps that each row of `measurement_inputs` stands for, float64 [rows].
+
+    Sums over the rows with these weights estimate sums over all steps: what lies between two measured steps is
+    interpolated linearly (trapezoidal rule). Without them the last steps, measured more densely, would count too much.
+    """
+    chosen, picked, rows = _measured(trajectories, signature, branches)
+    knots = chosen.double()
+    gaps = knots.diff()
+    weights = torch.ones_like(knots)
+    weights[:-1] += (gaps - 1) / 2  # the steps strictly inside a gap are shared by its two ends
+    weights[1:] += (gaps - 1) / 2
+    return weights.repeat_interleave(picked.numel())[rows]
+
+
+def _measured(trajectories: Trajectories, signature: Signature, branches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sampler steps to measure, rows of the trajectories, and which of their states become rows, in order."""
     steps = trajectories.t.numel()
     spread = torch.linspace(0, steps - 1, min(_STATES - 1, steps)).round().long()
     chosen = torch.cat((spread, torch.tensor([max(steps - 2, 0), steps - 1]))).unique()
     each = trajectories.x.shape[1] // branches
     first = torch.arange(min(-(-_TRAJECTORIES // branches), each))
     picked = torch.cat([first + each * branch for branch in range(branches)])
-    count = picked.numel()
-    x = trajectories.x[chosen][:, picked].flatten(0, 1)
-    t = trajectories.t[chosen].repeat_interleave(count)
-    conditions = [c[picked].repeat(chosen.numel(), *[1] * (c.dim() - 1)) for c in trajectories.conditions]
-    size = min(max(x.shape[0], signature.min_batch), signature.max_batch)
-    rows = torch.linspace(x.shape[0] - 1, 0, size).round().long()  # from the last step backwards: it matters most
-    return [value[rows] for value in (x, t, *conditions)]
+    states = chosen.numel() * picked.numel()
+    size = min(max(states, signature.min_batch), signature.max_batch)
+    # From the last step backwards: it matters most.
+    return chosen, picked, torch.linspace(states - 1, 0, size).round().long()
 
 
 def _rounded_weight(program: Program, layer: fx.Node, bits: int) -> dict[fx.Node, Any]:

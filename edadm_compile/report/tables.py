@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edadm_compile.ir.program import Program
+from edadm_compile.report.mixed_tables import print_mixed
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact
 
@@ -40,7 +41,10 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
         "layers": rows,
         "totals": totals(rows),
         "device": describe(artifact.device),
-        **{k: manifest.get(k) for k in ("average_bits", "config", "source", "quality", "allocation", "versions")},
+        **{
+            k: manifest.get(k)
+            for k in ("average_bits", "mixed_precision", "config", "source", "quality", "allocation", "versions")
+        },
     }
 
 
@@ -83,6 +87,7 @@ def print_inspect(report: dict[str, Any]) -> None:
     out.print(
         f"weights of quantized layers {human(t['bytes'])}, {t['ratio_to_fp16']} of fp16; file {human(report['file_bytes'])}"
     )
+    print_mixed(out, report["mixed_precision"], report["quality"])
     print_device(report["device"])
     if report["quality"]:
         out.print(
@@ -111,7 +116,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("layers", ", ".join(f"{count} {width}" for width, count in summary["layers"].items()))
     table.add_row(
         "average weight width",
-        f"{summary['average_weight_bits']:.2f} bits ({len(summary['promoted'])} layers promoted to 8)",
+        f"{summary['average_weight_bits']:.2f} bits ({_chosen(summary)})",
     )
     table.add_row(
         "weights of quantized layers",
@@ -131,11 +136,19 @@ def print_summary(summary: dict[str, Any]) -> None:
     stages = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in summary["seconds"].items() if v >= 0.5)
     table.add_row("time", f"{summary['total_seconds']:.0f} s ({stages})")
     out.print(table)
+    print_mixed(out, summary["mixed_precision"], summary["sqnr_db"])
     print_device(summary.get("device"))
     for name, reason in summary["float_layers"].items():
         out.print(f"float: {name}: {reason}", highlight=False)
     for note in summary["notes"]:
         out.print(f"note: {note}", highlight=False)
+
+
+def _chosen(summary: dict[str, Any]) -> str:
+    mixed = summary["mixed_precision"]
+    if mixed is None:
+        return f"{len(summary['promoted'])} layers promoted to 8"
+    return f"{sum(r['widths'].startswith('w8') for r in mixed['layers'])} layers at 8, chosen by error"
 
 
 def print_launches(rows: list[dict[str, Any]], title: str) -> None:

@@ -12,7 +12,7 @@ from edadm_compile.ir.analysis import propagate_shapes
 from edadm_compile.ir.program import LayerInfo, TimeTables, get_constant, layer_of
 from edadm_compile.methods import METHODS
 from edadm_compile.passes.base import Context, run_passes
-from edadm_compile.passes.calibrate import Calibrate, _Observer, activation_quantizers, weight_quantizers
+from edadm_compile.passes.calibrate import ActivationObserver, Calibrate, activation_quantizers, weight_quantizers
 from edadm_compile.passes.freeze import Freeze
 from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
@@ -178,7 +178,7 @@ def test_weights_that_are_not_finite_are_refused(bad):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("position", [0, 1])
 def test_activations_that_are_not_finite_are_refused(bad, position):
-    observer = _Observer()
+    observer = ActivationObserver()
     batches = [torch.randn(20), torch.randn(20)]
     batches[position][7] = bad
     for batch in batches:
