@@ -65,9 +65,9 @@ def test_the_planted_layer_gets_the_bits_that_one_layer_can_have(planted_source)
     }  # fmt: skip
     executed = {i.name: i.executed for i in layers(result.lowered)}
     assert executed["wild"] == "w8a8" and executed["first"] == executed["third"] == "w4a8"
-    assert report["measured"] and result.quality.sqnr > 0
-    # Reconstruction lowers the error of a few layers, the prediction is made before it.
-    assert abs(result.quality.sqnr - report["predicted_sqnr"]) < 6
+    assert report["measured"]
+    # Other trajectories, and errors that do not just add up: four seeds differ by at most 1.6 dB, this one by 0.3 dB.
+    assert abs(result.quality.sqnr - report["predicted_sqnr"]) < 1
 
 
 def test_a_layer_takes_no_more_than_the_budget_and_the_report_says_what_it_takes(labelled):
