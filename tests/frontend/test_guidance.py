@@ -94,6 +94,7 @@ def test_models_that_declare_their_null_label_need_no_option(says, label):
         (GuidanceOptions(float("inf"), 1), [LABEL], "--guidance: got inf, allowed"),
         (GuidanceOptions(2), [], "takes no condition, there is nothing to be guided by"),
         (GuidanceOptions(2), [LABEL], r"--guidance 2 needs the unconditional branch.*takes label \[\]"),
+        (GuidanceOptions(2, 0), [InputSpec("y", (), torch.int64, "cond", 1)], "is the model's only label"),
         (GuidanceOptions(2, "ten"), [LABEL], "--null-label: got 'ten', expected a label"),
         (GuidanceOptions(2, 5), [LABEL], "--null-label: got 5, allowed is 0 to 4"),
         (GuidanceOptions(2, -1), [LABEL], "--null-label: got -1, allowed is 0 to 4"),
