@@ -44,6 +44,8 @@ def make_scheduler(spec: SamplerSpec) -> Any:
         length = int(scheduler.config.num_train_timesteps)
         if not 1 <= spec.steps <= length:
             raise InputError(f"steps: got {spec.steps}, allowed 1 to {length} (num_train_timesteps of the scheduler)")
+        if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps and spec.steps < 4:
+            raise InputError(f'steps: got {spec.steps}, PNDMScheduler needs 4 or more, or "skip_prk_steps": true')
         scheduler.set_timesteps(spec.steps)
         _check(scheduler, spec, name, length)
         _try_step(cls.from_config(config), spec)

@@ -61,6 +61,11 @@ def guided_sampler(
             f'--guidance {scale:g} needs the unconditional branch: give --null-label K (or "last") for class labels, '
             f"--uncond FILE.safetensors or --uncond zeros for other conditions; the model takes {_names(signature)}"
         )
+    if any(
+        row is not None and s.num_classes == 1 and not row.any()
+        for s, row in zip(signature.conditions, null, strict=False)
+    ):
+        raise InputError("--null-label 0: it is the model's only label, there is none left to be guided by")
     return replace(sampler, guidance=float(scale), null=null)
 
 

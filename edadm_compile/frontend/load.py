@@ -236,11 +236,10 @@ def _sampler(options: LoadOptions, found: dict[str, Any] | None, steps: int | No
             '{"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}'
         )
     wanted = steps if options.steps is None else options.steps
-    spec = SamplerSpec(config, 1 if wanted is None else wanted, options.eta)
     if wanted is None:
-        spec = SamplerSpec(
-            config, min(_DEFAULT_STEPS, int(make_scheduler(spec).config.num_train_timesteps)), options.eta
-        )
+        length = config.get("num_train_timesteps", 1000)  # the default of every supported class
+        wanted = min(_DEFAULT_STEPS, length) if isinstance(length, int) else _DEFAULT_STEPS
+    spec = SamplerSpec(config, wanted, options.eta)
     make_scheduler(spec)  # refuse a bad configuration before any work
     return spec
 

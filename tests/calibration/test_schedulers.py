@@ -1,6 +1,7 @@
 """Every supported scheduler steps as in a plain diffusers loop, with and without guidance."""
 
 import dataclasses
+import json
 
 import diffusers
 import pytest
@@ -9,7 +10,7 @@ import torch
 from edadm_compile.calibration import sampler, schedulers
 from edadm_compile.calibration.collect import collect
 from edadm_compile.errors import InputError
-from edadm_compile.frontend import source_from_module
+from edadm_compile.frontend import LoadOptions, load_source, source_from_module
 from edadm_compile.ir.program import SamplerSpec
 from edadm_compile.passes.base import Context, run_passes
 from edadm_compile.passes.canonicalize import Canonicalize
@@ -259,6 +260,7 @@ def test_a_model_of_whole_timesteps_refuses_fractional_ones(labelled_source, lab
     ("spec", "message"),
     [
         (SamplerSpec({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 4), "supported are DDIMScheduler, DDPMScheduler"),
+        (SamplerSpec(_config("PNDMScheduler"), 3), 'steps: got 3, PNDMScheduler needs 4 or more, or "skip_prk_steps"'),
         (SamplerSpec(_config("PNDMScheduler"), 4, eta=0.5), "eta: got 0.5, PNDMScheduler has no such setting"),
         (SamplerSpec(_config("DDIMScheduler"), 4, eta=1.5), "eta: got 1.5, allowed 0"),
         (SamplerSpec(_config("DDIMScheduler"), 4, guidance=-1.0), "guidance: got -1, allowed is a finite scale"),
@@ -266,7 +268,7 @@ def test_a_model_of_whole_timesteps_refuses_fractional_ones(labelled_source, lab
         (SamplerSpec(_config("DDIMScheduler", steps_offset=1), 100), "reach 100, the schedule ends at 99"),
         (SamplerSpec(_config("LCMScheduler", original_inference_steps=5), 6), "LCMScheduler refuses its configuration"),
     ],
-    ids=["unknown", "eta", "eta_range", "negative", "nan", "beyond", "lcm"],
+    ids=["unknown", "prk", "eta", "eta_range", "negative", "nan", "beyond", "lcm"],
 )  # fmt: skip
 def test_samplers_that_cannot_run_are_refused_in_words(spec, message):
     with pytest.raises(InputError, match=message):
@@ -276,3 +278,15 @@ def test_samplers_that_cannot_run_are_refused_in_words(spec, message):
 def test_guidance_without_an_unconditional_branch_is_refused():
     with pytest.raises(InputError, match="guidance 2 needs the unconditional branch: give --null-label K"):
         sampler.sample(_model, SamplerSpec(_config("DDIMScheduler"), 4, guidance=2.0), *_inputs()[:1], [_inputs()[1]])
+
+
+def test_pndm_without_a_number_of_steps_has_the_usual_fifty(tmp_path):
+    (tmp_path / "pndm.json").write_text(json.dumps(_config("PNDMScheduler", num_train_timesteps=1000)))
+    (tmp_path / "few.json").write_text(json.dumps(_config("PNDMScheduler", num_train_timesteps=20)))
+    model = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=2, add_attention=False,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    found = [load_source(tmp_path, LoadOptions(scheduler=tmp_path / f"{name}.json")) for name in ("pndm", "few")]
+    assert [source.sampler.steps for source in found] == [50, 20]

@@ -94,6 +94,7 @@ def test_models_that_declare_their_null_label_need_no_option(says, label):
         (GuidanceOptions(float("inf"), 1), [LABEL], "--guidance: got inf, allowed"),
         (GuidanceOptions(2), [], "takes no condition, there is nothing to be guided by"),
         (GuidanceOptions(2), [LABEL], r"--guidance 2 needs the unconditional branch.*takes label \[\]"),
+        (GuidanceOptions(2, 0), [InputSpec("y", (), torch.int64, "cond", 1)], "is the model's only label"),
         (GuidanceOptions(2, "ten"), [LABEL], "--null-label: got 'ten', expected a label"),
         (GuidanceOptions(2, 5), [LABEL], "--null-label: got 5, allowed is 0 to 4"),
         (GuidanceOptions(2, -1), [LABEL], "--null-label: got -1, allowed is 0 to 4"),
@@ -179,56 +180,28 @@ def test_text_guidance_from_the_command_line(tmp_path, monkeypatch):
     assert loaded.lowered.sampler.guidance == 2 and loaded.lowered.sampler.null[0].shape == (7, 12)
     assert sum(loaded.manifest["allocation"]) == 6 and len(loaded.manifest["allocation"]) == 5  # PLMS calls once more
     images = []
-    for extra in ((), ("--guidance", 1), ("--uncond", "zeros")):
+    for extra in (("--reference", "text"), ("--guidance", 1), ("--uncond", "zeros")):
         name = f"{len(images)}.png"
-        out = _run(
-            "sample",
-            "text.qmod",
-            "-n",
-            4,
-            "--reference",
-            "text",
-            *shared[:2],
-            *extra,
-            "-o",
-            name,
-            "--engine",
-            "reference",
-            "--json",
-        )
-        assert json.loads(out)["psnr_db"]["worst"] > 20 and json.loads(out)["scheduler"] == "PNDMScheduler"
+        where = ("-o", name, "--engine", "reference", "--json")
+        found = json.loads(_run("sample", "text.qmod", "-n", 4, *shared[:2], *extra, *where))
+        assert found["scheduler"] == "PNDMScheduler" and found.get("psnr_db", {"worst": 99})["worst"] > 20
         images.append((tmp_path / name).read_bytes())
     assert len(set(images)) == 3
     assert "guidance 2 against encoder_hidden_states" in _run("inspect", "text.qmod")
 
 
-def test_labels_from_the_command_line(tmp_path, monkeypatch):
-    """Labels in turn leave the null label out; a file without guidance says so when it is used with."""
+def test_a_file_without_guidance_can_be_used_with_it(data, tmp_path, monkeypatch):
+    """It needs an unconditional branch, and the command says that calibration did not have one."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False, num_class_embeds=4,
-    )  # fmt: skip
-    model.save_pretrained("labels")
-    diffusers.DDIMScheduler(num_train_timesteps=100, clip_sample=True).save_pretrained("labels")
-    _run(
-        "labels",
-        "--w8a8",
-        "--steps",
-        3,
-        "--iters",
-        1,
-        "--calib-samples",
-        6,
-        "--targets",
-        "none",
-        "--quiet",
-        "-o",
-        "f.qmod",
-    )
+    (tmp_path / "f.qmod").write_bytes(data)
     sampled = ("sample", "f.qmod", "-n", 6, "--engine", "reference", "--json", "--guidance", 2)
     failed = CliRunner().invoke(cli.main, list(map(str, sampled)))
     assert failed.exit_code == 2 and "needs the unconditional branch" in failed.output
-    found = json.loads(_run(*sampled, "--null-label", "last", "--eta", 1))
-    assert found["guidance"] == 2 and "without guidance" in found["note"]
+    pictures = []
+    for label in ("last", 0):
+        found = json.loads(_run(*sampled, "--null-label", label, "--eta", 1))
+        assert found["guidance"] == 2 and "calibrated without guidance" in found["note"]
+        pictures.append((tmp_path / "grid.png").read_bytes())
+    assert pictures[0] != pictures[1]
+    failed = CliRunner().invoke(cli.main, [*map(str, sampled), "--null-label", "5"])
+    assert failed.exit_code == 2 and "--null-label: got 5, allowed is 0 to 4" in failed.output
