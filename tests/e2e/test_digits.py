@@ -160,6 +160,8 @@ def test_samples_are_written_as_a_png(compiled, tmp_path, count):
         "output": str(tmp_path / "grid.png"),
         "count": count,
         "steps": 10,
+        "scheduler": "DDIMScheduler",
+        "guidance": 1.0,
         "engine": "onnxruntime",
     }
     columns, rows = min(count, 10), -(-count // 10)
