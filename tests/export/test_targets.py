@@ -26,6 +26,7 @@ from edadm_compile.ir.quantizers import QUANTIZE
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.quant.packing import unpack
 from edadm_compile.runtime.artifact import write
+from edadm_compile.runtime.sampler_json import sampler_to_json
 from tests.export.onnx_graphs import run_onnx
 from tests.graphs import TinyUNet, nodes_of, source_of
 from tests.lowering.plans import QUICK, inputs_of
@@ -183,7 +184,9 @@ def test_the_file_says_where_it_comes_from(artifact, tmp_path):
         facts = {p.key: p.value for p in model.metadata_props}
         assert set(facts) == {f"edadm.{name}" for name in ("target", "output_scales", "sampler", "source")}
         assert facts["edadm.target"] == consumer
-        assert json.loads(facts["edadm.sampler"]) == vars(artifact.lowered.sampler)
+        assert json.loads(facts["edadm.sampler"]) == sampler_to_json(
+            artifact.lowered.sampler, artifact.lowered.signature
+        )
         assert (model.producer_name, model.producer_version) == ("edadm-compile", edadm_compile.__version__)
         ready = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
         assert ready.get_modelmeta().custom_metadata_map == facts
