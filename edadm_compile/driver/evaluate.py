@@ -110,7 +110,7 @@ def run(
 
 def _pairs(model: CompiledModel, source: Source, spec: SamplerSpec, wanted: Options, progress: Progress) -> Pairs:
     """Images and predictions of both models from fresh noise."""
-    x, conditions = _draw(model.signature, wanted, source.conditions)
+    x, conditions = _draw(model.signature, spec, wanted, source.conditions)
     steps = len(sampler.timesteps(spec))
     progress.stage("trajectories", 2 * steps * math.ceil(wanted.count / wanted.batch))
     pairs = sample_pairs(
@@ -184,16 +184,19 @@ def _check_measurable(limits: list[Gate], judges: Judges) -> None:
                 raise InputError(f"{option} {gate.metric}: cannot be measured here: {judges.left_out[part]}")
 
 
-def _draw(signature: Signature, wanted: Options, pool: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _draw(
+    signature: Signature, spec: SamplerSpec, wanted: Options, pool: dict[str, Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """Fresh noise, and conditions as calibration draws them."""
-    for spec in signature.conditions:
-        if spec.num_classes is not None and spec.name in pool:
-            low, high = int(pool[spec.name].min()), int(pool[spec.name].max())
-            if low < 0 or high >= spec.num_classes:
-                raise InputError(f"--cond: {spec.name} holds {low} to {high}, allowed 0 to {spec.num_classes - 1}")
+    for condition in signature.conditions:
+        if condition.num_classes is not None and condition.name in pool:
+            low, high = int(pool[condition.name].min()), int(pool[condition.name].max())
+            if low < 0 or high >= condition.num_classes:
+                allowed = f"allowed 0 to {condition.num_classes - 1}"
+                raise InputError(f"--cond: {condition.name} holds {low} to {high}, {allowed}")
     generator = torch.Generator().manual_seed(evaluation_seed(wanted.seed))
     x = sampler.draw_noise(signature, wanted.count, generator)
-    return x, sampler.draw_conditions(signature, wanted.count, generator, pool)
+    return x, sampler.draw_conditions(signature, wanted.count, generator, pool, spec.null)
 
 
 def _on_host(model: CompiledModel) -> Any:

@@ -22,6 +22,7 @@ from edadm_compile.evaluate.compare import compare_images, compare_noise
 from edadm_compile.evaluate.metrics import frechet, kernel_distance, psnr
 from edadm_compile.evaluate.paired import evaluation_seed
 from edadm_compile.evaluate.similarity import ssim
+from edadm_compile.frontend import GuidanceOptions, source_from_module
 from edadm_compile.ir.program import SamplerSpec
 from edadm_compile.passes.base import Context
 from edadm_compile.report import evaluate_tables
@@ -317,3 +318,21 @@ def test_the_command_prints_and_exits(judged):
 def test_spaces_are_none_without_a_network(files):
     judges = evaluate_sets.find_judges((3, 8, 8), 6, files[1], None, None)
     assert judges.extractor is None and not judges.inception and not judges.lpips
+
+
+def test_a_guided_file_is_measured_with_its_guidance_and_without_the_null_label_as_a_class(tmp_path, monkeypatch):
+    options = {"shape": (3, 8, 8), "num_classes": {"label": 5}, "guidance": GuidanceOptions(3, "last")}
+    artifact, model = tmp_path / "guided.qmod", TinyUNet(classes=5).eval()
+    compile_model(model, small_config(), sampler=SPEC, output=artifact, **options)
+    monkeypatch.setattr(evaluate, "load_source", lambda *_: source_from_module(model, SPEC, **options))
+    drawn, real = [], evaluate.sample_pairs
+
+    def watched(reference, candidate, spec, x, conditions, **others):
+        drawn.append((spec.guidance, conditions[0]))
+        return real(reference, candidate, spec, x, conditions, **others)
+
+    monkeypatch.setattr(evaluate, "sample_pairs", watched)
+    result = measure(artifact, tmp_path / "model.pt", count=40)
+    ((guidance, labels),) = drawn
+    assert guidance == 3.0 and set(labels.tolist()) == {0, 1, 2, 3}
+    assert result["noise"]["sqnr_db"] > 0
