@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from edadm_compile.errors import EdadmError
+from edadm_compile.methods import LOSSES, METHODS, SELECTIONS
 
 _VERSION = "0.1.0"
 
@@ -147,7 +148,7 @@ def main() -> None:
 @click.option("--acts-bits", type=int, help="Activation width, 2 to 8 or 16.")
 @click.option(
     "--method",
-    type=click.Choice(["default", "eda-dm", "q-diffusion", "tfmq-dm", "ptq4dm", "minmax"]),
+    type=click.Choice(list(METHODS)),
     help="EDA-DM with our additions (default), a published method, or round to nearest.",
 )
 @click.option("--uniform", is_flag=True, default=None, help="Strict widths: no promoted layers, 8-bit stem input.")
@@ -175,12 +176,12 @@ def main() -> None:
 @click.option("--calib-samples", type=int, help="Calibration samples.")
 @click.option(
     "--selection",
-    type=click.Choice(["tdac", "density", "diversity", "uniform", "normal"]),
+    type=click.Choice(SELECTIONS),
     help="How calibration samples are spread over the timesteps (default: the method's).",
 )
 @click.option(
     "--loss",
-    type=click.Choice(["block", "layer", "both"]),
+    type=click.Choice(list(LOSSES)),
     help="What reconstruction minimises: errors of block outputs, of the layers inside, or both (default: the method's).",
 )
 @click.option("--qdrop", type=click.FloatRange(0, 1), help="Share of activations left unquantized while training.")

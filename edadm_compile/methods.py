@@ -8,14 +8,14 @@ between two methods is one of method. ``docs/quantization.md`` lists what this l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: Which sampler steps give how many calibration samples (`edadm_compile.calibration.tdac`).
 SELECTIONS = ("tdac", "density", "diversity", "uniform", "normal")
 #: How scales are found: least squared error, least |error|^2.4, or the extremes.
 RANGES = ("mse", "l2.4", "minmax")
-#: What a pass over the network trains.
-PHASES = ("joint", "weights", "scales")
+#: Weights of the block loss and of the layer losses by name.
+LOSSES = {"block": (1.0, 0.0), "layer": (0.0, 1.0), "both": (1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Method:
         split: layers that read a concatenation get one scale for each source.
         edges: 16-bit stem input and promoted layers (neither with ``uniform``).
         mean_correction: the per-step mean error is added back.
-        phases: passes of reconstruction, of `PHASES`; none for round to nearest.
+        phases: passes of reconstruction over the network, by what each trains: "weights", "scales", or "joint" for
+            both; none for round to nearest.
         block_loss_weight, layer_loss_weight: of the unit's output and of its inner layers.
         normalised: every loss is divided by the energy of its target; otherwise sums over the second dimension, as
             released.
@@ -64,19 +65,17 @@ METHODS: dict[str, Method] = {
         normalised=False, qdrop=0.5,
     ),
     # arXiv 2302.04304: uniform timesteps, split shortcuts, AdaRound with its regulariser, then step sizes.
-    "q-diffusion": Method(
-        **{**vars(_PLAIN), "selection": "uniform", "ranges": "l2.4", "phases": ("weights", "scales"), "rounding_weight": 0.01},
+    "q-diffusion": replace(
+        _PLAIN, selection="uniform", ranges="l2.4", phases=("weights", "scales"), rounding_weight=0.01,
     ),
-    # arXiv 2311.16503: the time path keeps its values, AdaRound, ranges from the extremes. Activation scales per
-    # timestep, which it adds, have no integer form here.
-    "tfmq-dm": Method(
-        **{**vars(_PLAIN), "selection": "uniform", "ranges": "l2.4", "time_tables": True, "split": False,
-           "phases": ("weights",), "rounding_weight": 0.01},
+    # arXiv 2311.16503: the time path keeps its values, AdaRound. Activation scales per timestep, which it adds, have no
+    # integer form here.
+    "tfmq-dm": replace(
+        _PLAIN, selection="uniform", ranges="l2.4", time_tables=True, split=False, phases=("weights",),
+        rounding_weight=0.01,
     ),
     # arXiv 2211.15736: timesteps from a normal distribution, no reconstruction.
-    "ptq4dm": Method(
-        **{**vars(_PLAIN), "selection": "normal", "ranges": "l2.4", "split": False, "phases": ()},
-    ),
+    "ptq4dm": replace(_PLAIN, selection="normal", ranges="l2.4", split=False, phases=()),
     # Round to nearest, extremes.
     "minmax": Method(
         selection="uniform", ranges="minmax", edges=False, mean_correction=False, phases=(), layer_loss_weight=0.0,

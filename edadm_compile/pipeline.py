@@ -149,7 +149,7 @@ def compile_source(
 
 def _evaluations(program: Program, config: QuantConfig) -> int:
     """Upper bound of model evaluations (rows) during calibration, for the progress bar."""
-    calls = len(sampler.timesteps(program.sampler)) * (2 if program.sampler.guided else 1)
+    calls = len(sampler.timesteps(program.sampler)) * program.sampler.branches
     return calls * (config.tdac.trajectories + config.calib_samples)
 
 

@@ -201,7 +201,6 @@ def run(
         result["shapes"].append(summary(kind, batch, shape, rows, found))
         result["candidates"].append(rows)
         print(json.dumps(result["shapes"][-1]), flush=True)
-        # What was measured fastest so far is the ceiling others are compared with in the end.
         out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from benchmarks.quality.digits import Benchmark, machine
-from edadm_compile.config import PRESETS, QuantConfig, ReconstructionConfig
+from edadm_compile.config import QuantConfig
+from edadm_compile.driver.compile import make_config
 from edadm_compile.evaluate.metrics import frechet
 from edadm_compile.passes.base import Silent
 from edadm_compile.pipeline import compile_source
@@ -55,7 +56,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no split": {"uniform": True, "split": False},
     "no mean correction": {"uniform": True, "mean_correction": False},
 }
-_LOSSES = {"block": (1.0, 0.0), "layer": (0.0, 1.0), "both": (1.0, 1.0)}
+#: Settings without an option on the command line.
+_FILE_ONLY = ("mean_correction", "rounding_weight")
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4")
 FIGURES = (
     "sqnr_db", "sqnr_without_last_step_db", "worst_step_db", "psnr_median_db", "recognised_percent", "frechet_to_real",
@@ -66,18 +68,15 @@ _bench: Benchmark | None = None
 
 def configuration(settings: dict[str, Any], width: str, seed: int, iters: int, samples: int) -> QuantConfig:
     """The settings of a cell."""
-    given = dict(settings)
-    reconstruction = ReconstructionConfig(iters=iters)
-    if "loss" in given:
-        block, layer = _LOSSES[given.pop("loss")]
-        reconstruction = replace(reconstruction, block_loss_weight=block, layer_loss_weight=layer)
-    for name in ("qdrop", "rounding_weight"):
-        if name in given:
-            reconstruction = replace(reconstruction, **{name: given.pop(name)})
-    weights, activations = PRESETS[width]
-    return QuantConfig(
-        weights, activations, seed=seed, calib_samples=samples, reconstruction=reconstruction, **given
-    )  # fmt: skip
+    on_the_command_line = {k: v for k, v in settings.items() if k not in _FILE_ONLY}
+    options = {"preset": width, "seed": seed, "iters": iters, "calib_samples": samples, **on_the_command_line}
+    config = make_config(options, None)
+    if "mean_correction" in settings:
+        config = replace(config, mean_correction=settings["mean_correction"])
+    if "rounding_weight" in settings:
+        trained = replace(config.reconstruction, rounding_weight=settings["rounding_weight"])
+        config = replace(config, reconstruction=trained)
+    return config
 
 
 def prepare(n: int, trajectories: int) -> None:

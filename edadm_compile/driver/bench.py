@@ -18,7 +18,7 @@ from edadm_compile.driver.machine import Device, describe_machine, pick_device
 from edadm_compile.driver.options import load_options
 from edadm_compile.driver.options import parse_batches as parse_batches
 from edadm_compile.errors import InputError
-from edadm_compile.evaluate.metrics import sqnr
+from edadm_compile.evaluate.metrics import finite, sqnr
 from edadm_compile.evaluate.timing import Rules, interleave
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.kernels.targets import arch_of
@@ -233,5 +233,5 @@ class _Bench:
 
 
 def _db(value: float | None) -> float | None:
-    """JSON has no infinity: an exact match is null, as in the summary of a compilation."""
-    return None if value is None or math.isinf(value) else round(value, 2)
+    value = finite(value)
+    return None if value is None else round(value, 2)

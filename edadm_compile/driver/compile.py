@@ -18,11 +18,13 @@ from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, bui
 from edadm_compile.driver.options import guidance_options, load_options
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
 from edadm_compile.evaluate.compare import NoiseComparison
+from edadm_compile.evaluate.metrics import finite
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import Program, SamplerSpec
 from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.kernels.request import triton_folder, triton_version
 from edadm_compile.kernels.targets import parse_targets
+from edadm_compile.methods import LOSSES
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
@@ -126,14 +128,6 @@ def compile_model(
     return result
 
 
-#: ``--loss``.
-_LOSSES = {
-    "block": {"block_loss_weight": 1.0, "layer_loss_weight": 0.0},
-    "layer": {"block_loss_weight": 0.0, "layer_loss_weight": 1.0},
-    "both": {"block_loss_weight": 1.0, "layer_loss_weight": 1.0},
-}
-
-
 def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfig:
     """Settings from a file with command-line options on top.
 
@@ -156,7 +150,8 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
                 )
             values[name] = value
     trained = {name: options[name] for name in ("iters", "qdrop") if options.get(name) is not None}
-    trained |= _LOSSES.get(str(options.get("loss")), {})
+    if options.get("loss") is not None:
+        trained |= dict(zip(("block_loss_weight", "layer_loss_weight"), LOSSES[options["loss"]], strict=True))
     listed = values.get("reconstruction", {})
     if trained and isinstance(listed, dict):
         values["reconstruction"] = {**listed, **trained}
@@ -212,17 +207,8 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
 
 def _quality(quality: NoiseComparison) -> dict[str, Any]:
     """Figures as plain values; those of the branches only under guidance."""
-    values = _finite(dataclasses.asdict(quality))
+    values = finite(dataclasses.asdict(quality))
     return {k: v for k, v in values.items() if k != "branches" or quality.branches is not None}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: an exact match is reported as null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
 
 
 def _check_device_code(config: QuantConfig, options: DeviceOptions) -> None:

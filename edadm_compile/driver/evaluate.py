@@ -13,7 +13,6 @@ from torch import Tensor
 
 from edadm_compile.calibration import sampler
 from edadm_compile.driver import evaluate_measures, evaluate_sets
-from edadm_compile.driver.evaluate_measures import finite
 from edadm_compile.driver.evaluate_sets import Judges, find_judges
 from edadm_compile.driver.image_data import open_data
 from edadm_compile.driver.options import load_options
@@ -22,6 +21,7 @@ from edadm_compile.driver.verify import same_inputs, same_model
 from edadm_compile.errors import InputError, QualityError
 from edadm_compile.evaluate import gates
 from edadm_compile.evaluate.gates import Gate
+from edadm_compile.evaluate.metrics import finite
 from edadm_compile.evaluate.paired import Pairs, evaluation_seed, sample_pairs
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import SamplerSpec, Signature
@@ -102,8 +102,8 @@ def run(
         "features": None if judges.extractor is None else str(judges.extractor.path),
         "noise": evaluate_measures.noise(pairs), "images": images, "distances": distances,
         "left_out": judges.left_out, "notes": evaluate_measures.notes(pairs, distances, spec, model.sampler),
-        "metrics": {name: finite(value) for name, value in metrics.items()},
-        "gates": [{**row, "found": finite(row["found"])} for row in gates.judge(limits, metrics)],
+        "metrics": finite(metrics),
+        "gates": finite(gates.judge(limits, metrics)),
         "failed": gates.failures(limits, metrics),
     }  # fmt: skip
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from edadm_compile.driver.evaluate_sets import Judges
 from edadm_compile.evaluate import pretrained
-from edadm_compile.evaluate.metrics import psnr
+from edadm_compile.evaluate.metrics import finite, psnr
 from edadm_compile.evaluate.paired import Pairs
 from edadm_compile.evaluate.similarity import WINDOW, ssim, window_for
 from edadm_compile.ir.program import SamplerSpec
@@ -87,8 +86,3 @@ def notes(pairs: Pairs, distances: list[dict[str, Any]], spec: SamplerSpec, comp
             "distance comes out too large with so few; KID has no such bias"
         )
     return notes
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity: an exact match is null."""
-    return None if isinstance(value, float) and math.isinf(value) else value

@@ -76,23 +76,24 @@ def _extractor(shape: tuple[int, ...], reference: Path, features: Path | None) -
         return None, f"the extractor beside the reference does not fit: {str(error).removeprefix('--features ')}"
 
 
+_Embed = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
 @dataclass(frozen=True)
 class Space:
     """A feature space.
 
     Attributes:
         name: of the extractor.
-        embed: images float32 [N, C, H, W] → features float64 [N, d].
+        embed: images float32 [N, C, H, W] → features float64 [N, d], and class logits where the extractor is a classifier.
         names: metric that each distance is called, see `edadm_compile.evaluate.gates`.
         data: features of the real images; None without any.
-        logits: images → class logits, where the extractor is a classifier.
     """
 
     name: str
-    embed: Callable[[Tensor], Tensor]
+    embed: _Embed
     names: Mapping[str, str]
     data: Tensor | None
-    logits: Callable[[Tensor], Tensor] | None = None
 
 
 def open_spaces(judges: Judges, progress: Progress) -> list[Space]:
@@ -104,21 +105,23 @@ def open_spaces(judges: Judges, progress: Progress) -> list[Space]:
     spaces = []
     if judges.extractor is not None:
         extractor, names = judges.extractor, {"frechet": "frechet", "kid": "kid"}
-        spaces.append(Space(extractor.path.name, extractor, names, _of_data(extractor, judges.data, progress)))
+        spaces.append(_space(extractor.path.name, lambda x: (extractor(x), None), names, judges.data, progress))
     if judges.inception:
-        network = pretrained.inception()
-        data = _of_data(lambda x: network(x)[0], judges.data, progress)
-        spaces.append(Space("inception-v3", lambda x: network(x)[0], {"frechet": "fid"}, data, lambda x: network(x)[1]))
+        spaces.append(_space("inception-v3", pretrained.inception(), {"frechet": "fid"}, judges.data, progress))
     return spaces
 
 
-def _of_data(embed: Callable[[Tensor], Tensor], data: ImageData | None, progress: Progress) -> Tensor | None:
+def _space(name: str, embed: _Embed, names: Mapping[str, str], data: ImageData | None, progress: Progress) -> Space:
+    return Space(name, embed, names, _of_data(embed, data, progress))
+
+
+def _of_data(embed: _Embed, data: ImageData | None, progress: Progress) -> Tensor | None:
     if data is None:
         return None
     progress.stage("real images", len(data))
     parts = []
     for batch in data.batches():
-        parts.append(embed(batch))
+        parts.append(embed(batch)[0])
         progress.advance(len(batch))
     return torch.cat(parts)
 
@@ -136,14 +139,15 @@ def measure(spaces: list[Space], images: Mapping[str, Tensor]) -> tuple[list[dic
     rows: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
     for space in spaces:
-        features = {name: space.embed(values) for name, values in images.items()}
+        embedded = {name: space.embed(values) for name, values in images.items()}
+        features = {name: values for name, (values, _) in embedded.items()}
         if space.data is not None:
             features["data"] = space.data
         found = _rows(space.name, features)
         metrics |= _named(found, space.names)
         rows += found
-        if space.logits is not None:
-            metrics["inception_score"] = inception_score(space.logits(images["quantized"]))
+        if (logits := embedded["quantized"][1]) is not None:
+            metrics["inception_score"] = inception_score(logits)
     return rows, metrics
 
 

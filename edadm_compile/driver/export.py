@@ -206,7 +206,7 @@ def states(program: Program, engine: Any, pool: dict[str, Tensor], *, one_time: 
     fixed = signature.min_batch == signature.max_batch
     images = signature.min_batch if fixed else _IMAGES
     generator = torch.Generator().manual_seed(0)
-    images = -(-images // 2) if program.sampler.guided else images
+    images = -(-images // program.sampler.branches)
     x = sampler.draw_noise(signature, images, generator)
     conditions = sampler.draw_conditions(signature, images, generator, pool, program.sampler.null)
     # Under guidance half of the rows are without condition; a fixed batch of 1 keeps the one with.

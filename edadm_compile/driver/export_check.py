@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from edadm_compile.driver.export_following import Following, signed_codes
 from edadm_compile.driver.export_probing import Probed, other_timestep
-from edadm_compile.evaluate.metrics import sqnr
+from edadm_compile.evaluate.metrics import finite, sqnr
 from edadm_compile.export.convert import OUTPUT, Exported, ExportedLayer
 from edadm_compile.export.optimized import INTEGER_OPS, OptimizedGraph
 from edadm_compile.export.targets import OnnxTarget
@@ -86,7 +86,7 @@ class Check:
 
     def _ends(self, prediction: Tensor, reference: Tensor) -> dict[str, float | None]:
         return {
-            "sqnr_to_reference_db": _finite(sqnr(reference, prediction)),
+            "sqnr_to_reference_db": finite(sqnr(reference, prediction)),
             "largest_error": float((prediction - reference).abs().max()),
             "largest_value": float(reference.abs().max()),
         }
@@ -204,7 +204,3 @@ def _counts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
         entry = counts.setdefault(row["kind"], {"integer": 0, "float": 0})
         entry["integer" if row["integer"] else "float"] += 1
     return dict(sorted(counts.items()))
-
-
-def _finite(value: float) -> float | None:
-    return None if value in (float("inf"), float("-inf")) else value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.kernels.launch import Launch, LaunchPlan, Operand, Tile
-from edadm_compile.kernels.tiles import is_asynchronous
+from edadm_compile.kernels.tiles import is_asynchronous, stored_rows
 from edadm_compile.lowering import arena
 from edadm_compile.lowering.builder import Builder, Target
 from edadm_compile.lowering.layout import ROW_ALIGNMENT, channels_last, contiguous, round_up
@@ -123,7 +123,7 @@ def _matrix(
     scalars = {"pixels" if kernel == "qconv2d" else "rows": count}
     tile = build.tile(kernel, {**constants, **scalars})
     block_m, block_n, block_k, split = (tile.sizes[n] for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K"))
-    rows, depth, taps = round_up(outputs, 128), round_up(shape[1], block_k), shape[2] * shape[3] if shape[2:] else 1
+    rows, depth, taps = stored_rows(outputs), round_up(shape[1], block_k), shape[2] * shape[3] if shape[2:] else 1
     constants["KC"] = depth
     width, element = (taps * depth // 2, torch.uint8) if stored == 4 else (taps * depth, torch.int8)
     arguments = {"bits": stored, "shapes": [list(shape)], "rows": rows, "channels": depth, "block": block_k}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ def decibel(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 and not math.isinf(noise) else -math.inf
+
+
+def finite(value: Any) -> Any:
+    """Plain values without infinities, which JSON does not have: an exact match is None. NaN stays."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def psnr(reference: Tensor, value: Tensor, data_range: float = 2.0) -> Tensor:

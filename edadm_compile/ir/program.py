@@ -94,6 +94,11 @@ class SamplerSpec:
         """Whether the sampler needs the model with and without the condition."""
         return self.guidance != 1.0
 
+    @property
+    def branches(self) -> int:
+        """Rows that the model is called with for each image."""
+        return 2 if self.guided else 1
+
 
 @dataclass(frozen=True)
 class TimeTables:

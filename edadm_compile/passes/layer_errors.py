@@ -17,7 +17,6 @@ from edadm_compile.passes.calibrate import ActivationObserver
 from edadm_compile.passes.insert_quant import weight_axis
 from edadm_compile.passes.sensitivity import (
     Rounding,
-    branches_of,
     measurement_inputs,
     measurement_weights,
     output_energy,
@@ -110,7 +109,7 @@ def weight_errors(program: Program, layers: Sequence[Options], ctx: Context) -> 
 def _slices(program: Program, ctx: Context) -> list[tuple[tuple[Tensor, ...], Tensor]]:
     """Inputs of the measurement, and the weights of their rows."""
     trajectories, size = ctx.calibration.trajectories, _rows(program)
-    branches = branches_of(program)
+    branches = program.sampler.branches
     inputs = [v.split(size) for v in measurement_inputs(trajectories, program.signature, branches)]
     weights = measurement_weights(trajectories, program.signature, branches).split(size)
     return list(zip(zip(*inputs, strict=True), weights, strict=True))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.passes.base import Context, PassResult
-from edadm_compile.passes.streams import Streams
+from edadm_compile.passes.streams import Streams, switched_off
 from edadm_compile.quant.fake_quant import ActFakeQuant, MaskPool, WeightFakeQuant
 
 #: Rounding of wide weights moves less: their learning rate is this fraction of ``lr_weight``.
@@ -48,7 +47,7 @@ class Reconstruct:
         ctx.progress.stage("reconstruct", len(method.phases) * len(units) * config.iters)
         reports: list[dict[str, Any]] = []
         for phase in method.phases:
-            with weights_only(program, phase == "weights"):
+            with switched_off(program, *((ActFakeQuant,) if phase == "weights" else ())):
                 streams = Streams(program, units, ctx.calibration.inputs)
                 reports += _train_units(program, units, streams, phase, ctx, len(reports))
         return PassResult(program, True, {"units": reports})
@@ -71,20 +70,6 @@ def _train_units(
     return reports
 
 
-@contextmanager
-def weights_only(program: Program, on: bool) -> Iterator[None]:
-    """While `on`, activations are not quantized."""
-    modules = program.graph_module.modules()
-    quantizers = [m for m in modules if on and isinstance(m, ActFakeQuant) and m.enabled]
-    for module in quantizers:
-        module.enabled = False
-    try:
-        yield
-    finally:
-        for module in quantizers:
-            module.enabled = True
-
-
 class UnitTrainer:
     """Optimises one unit."""
 
@@ -98,7 +83,7 @@ class UnitTrainer:
         generator: torch.Generator,
     ) -> None:
         self.program, self.unit, self.generator = program, unit, generator
-        self.config, self.method, self.phase = config.reconstruction, config.recipe, phase
+        self.config, self.method = config.reconstruction, config.recipe
         self.closure = streams.closure(unit)
         self.inputs = streams.stored_inputs(self.closure)
         self.float_in = {n: streams.float_values[n] for n in self.inputs}
@@ -111,7 +96,8 @@ class UnitTrainer:
         self.rowless = [n for n in (unit.output, *self.watched) if n not in self.targets]
         examples = self.targets | self._computed(self._parts()[0])
         self.energy = {n: v.square().mean().clamp(min=1e-12) for n, v in examples.items()}
-        self.weights = [(n, self._quantizer(n.args[1]), layer_weight(program, n)) for n in unit.layers]
+        trained = () if phase == "scales" else unit.layers  # with "weights", activation quantizers are switched off
+        self.weights = [(n, self._quantizer(n.args[1]), layer_weight(program, n)) for n in trained]
         # A closure may recompute what belongs to an earlier unit: its quantizers are final.
         modules = [
             self._module(n) for n in self.closure if n.op == "call_module" and (n in unit.nodes or not streams.owned(n))
@@ -153,11 +139,11 @@ class UnitTrainer:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         narrow: list[nn.Parameter] = []
         wide: list[nn.Parameter] = []
-        for _, quantizer, weight in self.weights if self.phase != "scales" else ():
+        for _, quantizer, weight in self.weights:
             alpha = quantizer.start_rounding(weight)
             (narrow if quantizer.spec.bits <= 4 else wide).append(alpha)
         scales = []
-        for activation in self.activations if self.phase != "weights" else ():
+        for activation in self.activations:
             if activation.enabled and activation.spec.bits < 16:
                 activation.log_scale.requires_grad_(True)
                 scales.append(activation.log_scale)
@@ -212,7 +198,7 @@ class UnitTrainer:
 
     def _regulariser(self, step: int) -> Tensor | float:
         """AdaRound's ``sum(1 - |2 h - 1|^b)``, b annealed from 20 to 2 after a warm-up of a fifth, per weight."""
-        if self.method.rounding_weight == 0 or self.phase == "scales" or step < 0.2 * self.config.iters:
+        if self.method.rounding_weight == 0 or step < 0.2 * self.config.iters:
             return 0.0
         fraction = (step / self.config.iters - 0.2) / 0.8
         b = 2 + 18 * (1 - fraction)
@@ -221,7 +207,7 @@ class UnitTrainer:
 
     def _finish(self) -> None:
         self._set_drop(False)
-        for _, quantizer, weight in self.weights if self.phase != "scales" else ():
+        for _, quantizer, weight in self.weights:
             quantizer.finish_rounding(weight)
         for activation in self.activations:
             activation.log_scale.requires_grad_(False)

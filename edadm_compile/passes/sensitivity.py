@@ -49,7 +49,7 @@ def sensitivities(
 
 def float_values(program: Program, ctx: Context) -> dict[fx.Node, Any]:
     """Value of every node of a float program on the measurement batch."""
-    inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, branches_of(program))
+    inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, program.sampler.branches)
     return values_of(program, inputs)
 
 
@@ -105,16 +105,11 @@ def _energy(value: Tensor, weights: Tensor | None) -> float:
     return float((squares.flatten(1).sum(1) * weights).sum())
 
 
-def branches_of(program: Program) -> int:
-    """2 where the rows of the trajectories are those of a doubled batch (guidance)."""
-    return 2 if program.sampler.guided else 1
-
-
 def measurement_inputs(trajectories: Trajectories, signature: Signature, branches: int = 1) -> list[Tensor]:
     """A few states of the float trajectories as one batch of model inputs that the graph accepts.
 
     Args:
-        branches: of `branches_of`; both halves are measured.
+        branches: `SamplerSpec.branches`; rows of the trajectories are those of the doubled batch, both halves are measured.
     """
     chosen, picked, rows = _measured(trajectories, signature, branches)
     x = trajectories.x[chosen][:, picked].flatten(0, 1)

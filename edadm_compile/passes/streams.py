@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +18,15 @@ from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 _CHUNK = 64
 
 
-@contextmanager
-def float_mode(program: Program) -> Iterator[None]:
+def float_mode(program: Program) -> AbstractContextManager[None]:
     """Switch every quantizer off, and back to what it was."""
-    quantizers = [m for m in program.graph_module.modules() if isinstance(m, (ActFakeQuant, WeightFakeQuant))]
+    return switched_off(program, ActFakeQuant, WeightFakeQuant)
+
+
+@contextmanager
+def switched_off(program: Program, *kinds: type[ActFakeQuant] | type[WeightFakeQuant]) -> Iterator[None]:
+    """Switch the quantizers of some kinds off, and back to what they were."""
+    quantizers = [m for m in program.graph_module.modules() if isinstance(m, kinds)]
     states = [m.enabled for m in quantizers]
     try:
         for module in quantizers:

@@ -27,6 +27,7 @@ from train import (  # noqa: E402
     BATCH,
     MODEL_CONFIG,
     SCHEDULER_CONFIG,
+    descend,
     draw_batches,
     draw_timesteps,
     learning_rate,
@@ -68,11 +69,7 @@ def train(model: UNet2DModel, steps: int) -> UNet2DModel:
             noise = torch.randn(images.shape, generator=generator)
             timesteps = draw_timesteps(generator, scheduler.config.num_train_timesteps)
             loss = F.mse_loss(model(scheduler.add_noise(images, noise, timesteps), timesteps, labels).sample, noise)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            descend(loss, model, optimizer, schedule)
             update_average(average, model, step)
             running = 0.98 * running + 0.02 * loss.item()
             report(step, running)

@@ -160,6 +160,17 @@ def progress_reporter(total: int) -> Iterator[Callable[[int, float], None]]:
     yield report
 
 
+def descend(
+    loss: Tensor, model: UNet2DModel, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    """One step of the optimizer on a scalar `loss`, with clipped gradients."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def train(steps: int, report: Callable[[int, float], None], snapshot: Callable[[UNet2DModel], None]) -> UNet2DModel:
     """Minimise the DDPM noise-prediction loss.
 
@@ -183,11 +194,7 @@ def train(steps: int, report: Callable[[int, float], None], snapshot: Callable[[
         timesteps = draw_timesteps(generator, scheduler.config.num_train_timesteps)
         noisy = scheduler.add_noise(images, noise, timesteps)
         loss = F.mse_loss(model(noisy, timesteps, labels).sample, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descend(loss, model, optimizer, schedule)
         update_average(average, model, step)
         running = 0.98 * running + 0.02 * loss.item()
         report(step, running)

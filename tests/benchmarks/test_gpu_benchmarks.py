@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu import ceilings, check, cold_start, end_to_end, run, shapes
+from benchmarks.gpu import ceilings, check, cold_start, end_to_end, run, shapes, targets
 from edadm_compile.driver.single_launch import ReferenceRunner
 from edadm_compile.driver.synthetic import Settings
 
@@ -103,7 +103,7 @@ class Wrong(ReferenceRunner):
 
         def spoiled():
             call()
-            value = memory.view(launch.operands["out"]).reshape(-1)[5:6]
+            value = memory.view(launch.operands[launch.writes[0]]).reshape(-1)[5:6]
             value += 0.5 if launch.kernel in ("groupnorm", "attention_float") else 1
 
         return spoiled
@@ -173,3 +173,37 @@ def test_the_script_is_valid_and_names_only_modules_that_exist():
     for part in script.read_text().split("models)\n", 1):
         limits = [int(line.split()[1]) + 10 for line in part.splitlines() if line.strip().startswith("run ")]
         assert 0 < sum(limits) <= 590  # a call is stopped after ten minutes
+
+
+def test_targets_report_each_kernel_at_its_best_right_tile(tmp_path):
+    targets.main(["--dry-run", "--out", str(tmp_path / "targets.json")])
+    result = json.loads((tmp_path / "targets.json").read_text())
+    assert [s["group"] for s in result["shapes"]] == [group for group, _, _ in targets.TINY]
+    for shape, rows in zip(result["shapes"], result["candidates"], strict=True):
+        assert not shape["failed"] and all("us" in row for row in rows)
+        for bits in {row["bits"] for row in rows}:
+            entry = shape[f"portable w{bits}" if bits else "portable"]
+            assert entry["us"] == min(row["us"] for row in rows if row["bits"] == bits)
+
+
+def test_targets_time_nothing_that_is_wrong(tmp_path):
+    runner = Wrong(run.FakeClock())
+    targets.run(targets.TINY[:1], "", runner, {"ceilings": {"int8_operations_per_second": 1.0}}, tmp_path / "t.json")
+    (shape,), (rows,) = (json.loads((tmp_path / "t.json").read_text())[name] for name in ("shapes", "candidates"))
+    assert rows and not any("us" in row for row in rows)
+    assert all("out_q differs from the exact products in 1 of" in row["failed"] for row in rows)
+    assert len(shape["failed"]) == len(rows)
+    assert not any(name.startswith("portable") for name in shape)
+
+
+def test_candidates_hold_both_kernels_of_sm_90():
+    found = targets.candidates([s for s in targets.SHAPES if s[0] == "conv"][:1], "sm_90")
+    assert {(c.path, c.bits) for c in found} == {
+        (path, bits) for path in (targets.PORTABLE, targets.ASYNCHRONOUS) for bits in (8, 4)
+    }
+    for candidate in found:
+        launch = candidate.made.launch
+        assert launch.tile == candidate.tile and launch.kernel.endswith("_sm90") == (
+            candidate.path == targets.ASYNCHRONOUS
+        )
+        assert launch.writes[0] == "out_q" and "out" not in launch.operands

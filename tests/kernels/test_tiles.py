@@ -25,6 +25,8 @@ def test_there_is_a_tile_for_every_launch(shape, arch):
     for tile in tiles.candidates(full, arch):
         assert tile.sizes["BLOCK_K"] >= (64 if 4 in (full["BITS"], full["BITS2"]) else 32)
         assert tile.sizes["SPLIT_K"] == 1 or (full["SEGMENTS"] == 1 and not full["GLU"])
+        block, outputs = tile.sizes["BLOCK_M"], full["O"]
+        assert -(-outputs // block) * block <= tiles.stored_rows(outputs)  # no tile reads behind the weights
     assert tiles.choose("qlinear", full, arch) in tiles.candidates(full, arch)
 
 
@@ -61,3 +63,17 @@ def test_given_tiles_come_first():
     full = values(O=320, C=320, rows=4096)
     wanted = Tile({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT_K": 1}, 8, 2)
     assert tiles.choose("qlinear", full, "sm_90", {tiles.tile_key("qlinear", full): wanted}) == wanted
+
+
+def test_longer_steps_are_for_plain_8_bit_layers_that_fill_them():
+    tile = Tile({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1}, 4, 4)
+    full = values(O=256, C=512, rows=256, BITS=8, SEGMENTS=1, GLU=False)
+    found = tiles.deeper(full, tile, "sm_90")
+    assert found.sizes == {**tile.sizes, "BLOCK_K": 256} and found.num_warps == 4
+    assert found.num_stages * (64 + 32) * 256 <= tiles.MACHINES["sm_90"].shared * 1024 // 2
+    for change in ({"BITS": 4}, {"SEGMENTS": 2}, {"GLU": True}, {"C": 320}):
+        assert tiles.deeper({**full, **change}, tile, "sm_90") is None
+    split = Tile({**tile.sizes, "SPLIT_K": 2}, 4, 4)  # two programs for the two steps would have one each
+    assert tiles.deeper(full, split, "sm_90") is None
+    asynchronous = Tile({**tile.sizes, "STAGES": 3}, 4, 3)
+    assert tiles.deeper(full, asynchronous, "sm_90") is None

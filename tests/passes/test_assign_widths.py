@@ -5,12 +5,7 @@ from torch import nn
 from edadm_compile.config import LayerRule
 from edadm_compile.ir.program import layer_of, layers
 from edadm_compile.passes.assign_widths import AssignWidths, average_bits
-from tests.graphs import GraphBuilder, TinyUNet, apply, collected, count_ops, float_program, small_config, source_of
-
-
-@pytest.fixture(scope="module")
-def labelled(labelled_program):
-    return labelled_program, collected(labelled_program, small_config())
+from tests.graphs import GraphBuilder, TinyUNet, apply, count_ops, float_program, small_config, source_of
 
 
 def _assigned(labelled, **changes):

@@ -36,11 +36,6 @@ def planted(planted_source):
     return program, collected(program, small_config())
 
 
-@pytest.fixture(scope="module")
-def labelled(labelled_program):
-    return labelled_program, collected(labelled_program, small_config())
-
-
 def assigned(model, **changes):
     program, calibration = model
     after, ctx = apply(program, AssignWidths(), config=small_config(**changes), calibration=calibration)

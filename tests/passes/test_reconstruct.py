@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from edadm_compile.config import ReconstructionConfig
+from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import get_constant
 from edadm_compile.ir.subgraph import find_units
 from edadm_compile.passes.base import Context, run_passes
 from edadm_compile.passes.calibrate import Calibrate, activation_quantizers, weight_quantizers
 from edadm_compile.passes.insert_quant import InsertQuant
-from edadm_compile.passes.reconstruct import Reconstruct
+from edadm_compile.passes.reconstruct import Reconstruct, UnitTrainer
 from edadm_compile.passes.streams import Streams, float_mode
 from edadm_compile.quant.affine import weight_codes
 from tests.graphs import GraphBuilder, count_ops, random_calibration, small_config
@@ -175,3 +176,60 @@ def _value_at(program, node, inputs, quantized):
         interpreter.run_node = watch
         interpreter.run(*program.graph_inputs(inputs))
     return found["value"]
+
+
+def _trainer(method, phase):
+    """A trainer of block "a", its quantized model calibrated on random data."""
+    program, config = _program(), _config(method=method)
+    ctx = Context(config, calibration=random_calibration(program, samples=48))
+    after = run_passes(program, [InsertQuant(), Calibrate()], ctx)
+    units = find_units(after, config.reconstruction.max_layers)
+    streams, found = Streams(after, units, ctx.calibration.inputs), []
+
+    def keep(unit):
+        if unit.name == "a":
+            found.append(UnitTrainer(after, unit, streams, config, phase, ctx.generator(0)))
+            rows = torch.arange(8)
+            found.append(found[0].loss(rows, mix=False).detach())
+            values = {n: streams.quant_values[n][rows] for n in found[0].inputs}
+            with torch.no_grad():
+                run_nodes(after.graph_module, found[0].closure, values)
+            found.append({n: values[n] - v[rows] for n, v in found[0].targets.items()})
+
+    streams.advance(keep)
+    return found
+
+
+def test_the_released_loss_sums_over_channels_and_divides_by_nothing():
+    trainer, loss, errors = _trainer("eda-dm", "joint")
+    assert trainer.watched
+    parts = {n: float(e.square().sum(dim=1).mean()) for n, e in errors.items()}
+    inner = sum(parts[n] for n in trainer.watched)
+    assert float(loss) == pytest.approx(parts[trainer.unit.output] + 0.8 * inner, rel=1e-5)
+    trainer, loss, errors = _trainer("default", "joint")
+    parts = {n: float(e.square().mean() / trainer.energy[n]) for n, e in errors.items()}
+    assert float(loss) == pytest.approx(sum(parts.values()), rel=1e-5)
+    for node, target in trainer.targets.items():  # the energy is that of the first samples only
+        assert float(trainer.energy[node]) == pytest.approx(float(target.square().mean()), rel=0.2)
+
+
+def test_weights_are_trained_without_activation_quantizers_and_scales_with_fixed_roundings(monkeypatch):
+    """Two phases: what each of them sees and changes."""
+    seen = []
+    real = UnitTrainer.run
+
+    def watched(self, ctx, label):
+        quantizers = [q for _, q in activation_quantizers(self.program)]
+        before = [q.scale.clone() for q in quantizers]
+        codes = {n: q.codes for n, q in weight_quantizers(self.program)}
+        report = real(self, ctx, label)
+        scales = any(not torch.equal(a, q.scale) for a, q in zip(before, quantizers, strict=True))
+        rounded = any(codes[n] is not q.codes for n, q in weight_quantizers(self.program))
+        seen.append((any(q.enabled for q in quantizers), scales, rounded))
+        return report
+
+    monkeypatch.setattr(UnitTrainer, "run", watched)
+    _, after, reports = _reconstructed(method="q-diffusion", iters=10)
+    assert [r["phase"] for r in reports] == ["weights"] * 4 + ["scales"] * 4
+    assert seen == [(False, False, True)] * 4 + [(True, True, False)] * 4
+    assert all(q.enabled for _, q in activation_quantizers(after))
