@@ -1,0 +1,134 @@
+"""Verb ``compile``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edadm_compile.cli.options import (
+    FILE,
+    debug_option,
+    device_options,
+    guarded,
+    json_option,
+    sampler_options,
+    source_options,
+)
+from edadm_compile.config import PRESETS
+from edadm_compile.methods import LOSSES, METHODS, SELECTIONS
+
+
+def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One flag for each preset of widths, such as ``--w4a8``."""
+    for name in reversed(PRESETS):
+        function = click.option(
+            f"--{name}",
+            "preset",
+            flag_value=name,
+            default=None,
+            help=f"{name[1]}-bit weights, {name[3]}-bit activations.",
+        )(function)
+    return function
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, help="File to write (default: MODEL with suffix .qmod).")
+@bits_flags
+@click.option("--weights-bits", type=int, help="Weight width, 2 to 8.")
+@click.option("--acts-bits", type=int, help="Activation width, 2 to 8 or 16.")
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    help="EDA-DM with our additions (default), a published method, or round to nearest.",
+)
+@click.option("--uniform", is_flag=True, default=None, help="Strict widths: no promoted layers, 8-bit stem input.")
+@click.option(
+    "--budget-bits",
+    type=float,
+    metavar="BITS",
+    help="Choose 8-bit layers by measured error: at most so many stored bits per weight on average.",
+)
+@click.option(
+    "--min-sqnr",
+    type=float,
+    metavar="DB",
+    help="The same: fewest stored bits with at least so much predicted noise SQNR.",
+)
+@click.option(
+    "--attention", type=click.Choice(["float", "int8"]), help="Attention products in float (default) or int8."
+)
+@click.option(
+    "--deploy",
+    type=click.Choice(["onnxruntime"]),
+    help="Engine to optimise for: output scales join the reconstruction.",
+)
+@click.option("--iters", type=int, help="Reconstruction steps per block (0: round to nearest).")
+@click.option("--calib-samples", type=int, help="Calibration samples.")
+@click.option(
+    "--selection",
+    type=click.Choice(SELECTIONS),
+    help="How calibration samples are spread over the timesteps (default: the method's).",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(list(LOSSES)),
+    help="What reconstruction minimises: errors of block outputs, of the layers inside, or both (default: the method's).",
+)
+@click.option("--qdrop", type=click.FloatRange(0, 1), help="Share of activations left unquantized while training.")
+@click.option("--split/--no-split", default=None, help="One scale for each source of a concatenation.")
+@click.option("--seed", type=int, help="Seed of every random draw (default 0).")
+@click.option("--device", default="cpu", show_default=True, help="Where to calibrate and reconstruct.")
+@click.option(
+    "--config", "config_file", type=FILE, metavar="FILE.toml", help="Settings file; options on the command line win."
+)
+@device_options
+@source_options
+@sampler_options
+@click.option("--dump-graphs", type=FILE, metavar="DIR", help="Write the graph after each pass.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+@json_option
+@debug_option
+@guarded
+def compile(
+    model: Path,
+    output: Path | None,
+    quiet: bool,
+    as_json: bool,
+    device: str,
+    config_file: Path | None,
+    dump_graphs: Path | None,
+    targets: str | None,
+    batch: str | None,
+    store: str | None,
+    **options: Any,
+) -> None:
+    """Compile MODEL to an integer program.
+
+    MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
+    """
+    from edadm_compile.driver import compile as driver
+    from edadm_compile.report import progress as bars
+    from edadm_compile.report import tables
+
+    request = driver.Request(
+        model=model,
+        output=output or model.with_suffix(".qmod"),
+        device=device,
+        config_file=config_file,
+        dump=dump_graphs,
+        options=options,
+        targets=targets,
+        batch=batch,
+        store=store,
+    )
+    with bars.reporter(quiet or as_json) as progress:
+        summary = driver.run(request, progress)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    elif not quiet:
+        tables.print_summary(summary)

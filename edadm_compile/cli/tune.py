@@ -1,0 +1,48 @@
+"""Verb ``tune``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from edadm_compile.cli.options import FILE, debug_option, guarded, json_option
+
+
+@click.command()
+@click.argument("artifact", type=FILE)
+@click.option("-o", "--output", type=FILE, help="File to write (default: replace ARTIFACT).")
+@click.option("--batch", metavar="N,N", help="Batch sizes besides those of the file's plans.")
+@click.option("--budget", type=click.FloatRange(1), metavar="SECONDS", help="Stop the search after this time.")
+@click.option("--table", type=FILE, metavar="FILE.json", help="Also write the tiles and times, even when interrupted.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+@json_option
+@debug_option
+@guarded
+def tune(
+    artifact: Path,
+    output: Path | None,
+    batch: str | None,
+    budget: float | None,
+    table: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measure tiles for the matrix kernels of ARTIFACT on the GPU present and write it with the fastest."""
+    from edadm_compile.driver import bench as batches
+    from edadm_compile.driver import tune as driver
+    from edadm_compile.report import bench_tables
+    from edadm_compile.report import progress as bars
+
+    with bars.reporter(quiet or as_json) as progress:
+        wanted = batches.parse_batches(batch)
+        result = driver.run(artifact, output or artifact, wanted, budget, table, progress)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    elif not quiet:
+        bench_tables.print_tune(result)
+    if result["interrupted"]:
+        click.echo(f"interrupted: {table or 'nothing'} was written", err=True)
+        sys.exit(130)
