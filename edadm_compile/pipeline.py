@@ -78,6 +78,7 @@ class CompileResult:
         quality: noise-prediction error of the lowered program against the float model on fresh noise.
         allocation: calibration samples per sampler step.
         float_bytes: size of the source's parameters in fp16.
+        warnings: sentences about values that the result should not be trusted with unseen; each names a layer.
     """
 
     qdq: Program
@@ -89,6 +90,7 @@ class CompileResult:
     allocation: list[int]
     float_bytes: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         quality = "not measured" if self.quality is None else f"{self.quality.sqnr:.1f} dB"
@@ -143,8 +145,9 @@ def compile_source(
     clock.mark("quality")
     counts = ctx.calibration.allocation.counts.tolist()
     return CompileResult(
-        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance()
-    )
+        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance(),
+        ctx.warnings,
+    )  # fmt: skip
 
 
 def _evaluations(program: Program, config: QuantConfig) -> int:

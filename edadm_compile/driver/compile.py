@@ -28,6 +28,7 @@ from edadm_compile.methods import LOSSES
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
+from edadm_compile.report.versions import versions
 from edadm_compile.runtime.artifact import Artifact, write
 
 
@@ -168,6 +169,7 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         "allocation": result.allocation,
         "units": result.stats.get("reconstruct", {}).get("units", []),
         "average_bits": result.stats["assign_widths"]["average_bits"],
+        **({"warnings": result.warnings} if result.warnings else {}),
         **({"mixed_precision": mixed} if (mixed := result.stats["assign_widths"].get("mixed")) else {}),
         "versions": {
             "edadm_compile": edadm_compile.__version__,
@@ -201,7 +203,9 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
         "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "total_seconds": round(sum(result.seconds.values()), 1),
         "float_layers": {row["layer"]: row["note"] for row in rows if row["executed"] == "float"},
-        "notes": list(result.lowered.notes),
+        "notes": [*result.lowered.notes, *result.warnings],
+        "reconstruction": units,
+        "versions": versions(),
     }
 
 

@@ -22,7 +22,19 @@ class Progress(Protocol):
         """A stage begins; `total` steps will follow if known."""
 
     def advance(self, steps: int = 1, message: str = "") -> None:
-        """`steps` of the current stage are done; `message` is a short remark such as a loss."""
+        """`steps` of the current stage are done; `message` is a short remark such as a loss.
+
+        With 0 steps the message stands for itself: the result of a block (shown with ``--verbose``), or a warning
+        (`is_warning`), shown at once.
+        """
+
+
+_WARNING = "warning: "
+
+
+def is_warning(message: str) -> bool:
+    """Whether a remark is a warning of `Context.warn`."""
+    return message.startswith(_WARNING)
 
 
 class Silent:
@@ -44,12 +56,20 @@ class Context:
         calibration: the calibration set, once collected (see `edadm_compile.calibration.dataset`).
         progress: where to report.
         stats: results of finished passes by name.
+        warnings: what the user must know about the result, in the order found; see `warn`.
     """
 
     config: QuantConfig
     calibration: Any = None
     progress: Progress = field(default_factory=Silent)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Keep a sentence for the summary, and report it at once; the same sentence only once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.progress.advance(0, _WARNING + text)
 
     def generator(self, salt: int) -> torch.Generator:
         """A random generator of its own for one purpose, so that adding a pass does not shift another's draws."""

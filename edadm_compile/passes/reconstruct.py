@@ -65,6 +65,7 @@ def _train_units(
         label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
         told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
         reports.append(told | trainer.run(ctx, label))
+        ctx.progress.advance(0, f"{label} loss {reports[-1]['before']:.3e} → {reports[-1]['after']:.3e}")
 
     streams.advance(train)
     return reports
