@@ -13,7 +13,8 @@ from edadm_compile.cli.options import (
     OneOf,
     device_options,
     guarded,
-    output_options, print_json,
+    output_options,
+    print_json,
     sampler_options,
     source_options,
 )
@@ -58,9 +59,7 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     metavar="DB",
     help="The same: fewest stored bits with at least so much predicted noise SQNR.",
 )
-@click.option(
-    "--attention", type=OneOf(["float", "int8"]), help="Attention products in float (default) or int8."
-)
+@click.option("--attention", type=OneOf(["float", "int8"]), help="Attention products in float (default) or int8.")
 @click.option(
     "--deploy",
     type=OneOf(["onnxruntime"]),

@@ -32,7 +32,7 @@ def target(
 
     wanted = driver.options_of(targets, batch, store)
     with bars.reporter(quiet, verbose) as progress:
-        result = driver.retarget(artifact, output or artifact, wanted, progress)
+        result = driver.retarget(artifact, output or artifact, wanted, progress, store)
     if as_json:
         print_json(result)
     elif not quiet:

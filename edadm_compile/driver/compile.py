@@ -14,7 +14,7 @@ from torch import nn
 
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
-from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, options_of
+from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, fitted, options_of
 from edadm_compile.driver.options import guidance_options, load_options
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
 from edadm_compile.evaluate.compare import NoiseComparison
@@ -78,7 +78,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     )
     result = compile_source(source, config, progress, dump=_dumper(request.dump))
     start = time.perf_counter()
-    bundle = build(result.lowered, device_code, progress)
+    bundle = build(result.lowered, fitted(device_code, request.store, _beyond(result)), progress)
     result.seconds["kernels"] = time.perf_counter() - start
     size = write(to_artifact(result, bundle), request.output)
     return {**summary(result, source, request.output, size), "device": describe(bundle)}
@@ -125,6 +125,7 @@ def compile_model(
     _check_device_code(config, device_code)
     result = compile_source(source, config, progress)
     if output is not None:
+        device_code = fitted(device_code, None, _beyond(result))
         write(to_artifact(result, build(result.lowered, device_code, progress or Silent())), Path(output))
     return result
 
@@ -169,6 +170,7 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         "allocation": result.allocation,
         "units": result.stats.get("reconstruct", {}).get("units", []),
         "average_bits": result.stats["assign_widths"]["average_bits"],
+        **({"beyond_float16": beyond} if (beyond := _beyond(result)) is not None else {}),
         **({"warnings": result.warnings} if result.warnings else {}),
         **({"mixed_precision": mixed} if (mixed := result.stats["assign_widths"].get("mixed")) else {}),
         "versions": {
@@ -207,6 +209,12 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
         "reconstruction": units,
         "versions": versions(),
     }
+
+
+def _beyond(result: CompileResult) -> dict[str, Any] | None:
+    """The layer whose values float16 cannot hold, if there is one."""
+    found: dict[str, Any] | None = result.stats["calibrate"].get("beyond_float16")
+    return found
 
 
 def _quality(quality: NoiseComparison) -> dict[str, Any]:

@@ -64,7 +64,11 @@ def run() -> dict[str, Any]:
               _attempt("reference engine", _reference, basic=True), _attempt("ONNX Runtime engine", _onnxruntime),
               _attempt("CUDA engine", _cuda), _attempt("Triton compiler", _triton), _processor(), *_space()]  # fmt: skip
     bad = [c for c in checks if c.basic and c.state in ("missing", "fails")]
-    return {"checks": [asdict(c) for c in checks], "works": not bad, "package": str(Path(edadm_compile.__file__).parent)}
+    return {
+        "checks": [asdict(c) for c in checks],
+        "works": not bad,
+        "package": str(Path(edadm_compile.__file__).parent),
+    }
 
 
 def check(result: dict[str, Any]) -> None:
@@ -76,7 +80,9 @@ def check(result: dict[str, Any]) -> None:
     bad = [c for c in result["checks"] if c["basic"] and c["state"] in ("missing", "fails")]
     if bad:
         cures = "; ".join(dict.fromkeys(c["remedy"] for c in bad if c["remedy"]))
-        raise TargetError(f"doctor: {', '.join(c['name'] for c in bad)} missing or broken{f'; run: {cures}' if cures else ''}")
+        raise TargetError(
+            f"doctor: {', '.join(c['name'] for c in bad)} missing or broken{f'; run: {cures}' if cures else ''}"
+        )
 
 
 def _packages() -> list[Check]:

@@ -139,7 +139,9 @@ def generate(
 
     for number, rows in enumerate(torch.arange(noise.shape[0]).split(_BATCH)):
         generator = torch.Generator().manual_seed(seed + number)
-        parts.append(run_sampler(denoiser, spec, noise[rows], [c[rows] for c in conditions], generator=generator, hook=hook))
+        parts.append(
+            run_sampler(denoiser, spec, noise[rows], [c[rows] for c in conditions], generator=generator, hook=hook)
+        )
     return torch.cat(parts)
 
 

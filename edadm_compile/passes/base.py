@@ -71,6 +71,11 @@ class Context:
             self.warnings.append(text)
             self.progress.advance(0, _WARNING + text)
 
+    def all_warnings(self) -> list[str]:
+        """Sentences of the calibration, then those in the statistics of passes, which may come from an earlier run."""
+        of_passes = [text for stats in self.stats.values() for text in stats.get("warnings", ())]
+        return list(dict.fromkeys([*(t for t in self.warnings if t not in of_passes), *of_passes]))
+
     def generator(self, salt: int) -> torch.Generator:
         """A random generator of its own for one purpose, so that adding a pass does not shift another's draws."""
         return torch.Generator().manual_seed(self.config.seed * 1_000_003 + salt)
@@ -118,13 +123,15 @@ def run_passes(
     for item in passes:
         if program.dialect != item.reads:
             raise DialectError(f"pass {item.name} reads dialect {item.reads}, got {program.dialect}")
-        start = time.perf_counter()
+        start, told = time.perf_counter(), len(ctx.warnings)
         result = item.run(program.fork(), ctx)
         if result.program.dialect != item.writes:
             raise DialectError(f"pass {item.name} writes dialect {item.writes}, got {result.program.dialect}")
         verify(result.program)
         program = result.program
-        ctx.stats[item.name] = {**result.stats, "changed": result.changed, "seconds": time.perf_counter() - start}
+        warnings = {"warnings": ctx.warnings[told:]} if ctx.warnings[told:] else {}
+        seconds = time.perf_counter() - start
+        ctx.stats[item.name] = {**result.stats, **warnings, "changed": result.changed, "seconds": seconds}
         if dump is not None:
             dump(item.name, program)
     return program
