@@ -249,7 +249,8 @@ def load_config(path: Path) -> dict[str, Any]:
         text = path.read_text()
         return dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read settings file {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"cannot read settings file {path}: {reason}") from None
     except (json.JSONDecodeError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
         raise ConfigError(f"settings file {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
 
