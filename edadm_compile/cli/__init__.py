@@ -24,6 +24,7 @@ from edadm_compile.cli.tune import tune
 from edadm_compile.cli.verify import verify
 from edadm_compile.errors import did_you_mean
 
+NAME = "edadm-compile"
 EPILOG = (
     "Exit codes: 0 done; 2 a file, option or setting that cannot be used; 3 the model cannot be captured; 4 an illegal "
     "graph (a bug); 5 unusable calibration values; 6 a .qmod file that cannot be read or written; 7 a check failed; "
@@ -71,8 +72,8 @@ class DefaultCompile(click.Group):
         return found or [CompletionItem(incomplete, type="file")]
 
 
-@click.group(cls=DefaultCompile, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
-@click.version_option(__version__, prog_name="edadm-compile")
+@click.group(NAME, cls=DefaultCompile, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.version_option(__version__, prog_name=NAME)
 def main() -> None:
     """Compile trained diffusion UNets to integer programs, quantized with EDA-DM.
 

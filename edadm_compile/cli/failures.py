@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 import warnings
@@ -84,14 +85,26 @@ def _usage(error: click.UsageError) -> str:
     message = error.message.rstrip(".")
     if not isinstance(error, click.BadParameter):
         return message[:1].lower() + message[1:]
+    for pattern, sentence in _REWORDED:
+        if found := pattern.fullmatch(message):
+            return f"{_name(error)}: {found.expand(sentence)}"
     return f"{_name(error)}: {message}"
+
+
+#: What click says of numbers, in the words of this package.
+_REWORDED = (
+    (re.compile(r"(\S+) is not in the range (\S+)<=x<=(\S+)"), r"got \1, allowed \2 to \3"),
+    (re.compile(r"(\S+) is not in the range x>=(\S+)"), r"got \1, allowed \2 or more"),
+    (re.compile(r"(.+) is not a valid integer( range)?"), r"got \1, expected a whole number"),
+    (re.compile(r"(.+) is not a valid float( range)?"), r"got \1, expected a number"),
+)
 
 
 def _name(error: click.BadParameter) -> str:
     if error.param is None:
         return str(error.param_hint or "option")
     if isinstance(error.param, click.Argument):
-        return error.param.make_metavar(error.ctx) if error.ctx is not None else error.param.human_readable_name
+        return str(error.param.name).upper()
     return max(error.param.opts, key=len)
 
 

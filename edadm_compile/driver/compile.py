@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,8 @@ import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
 from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, fitted, options_of
 from edadm_compile.driver.options import guidance_options, load_options
-from edadm_compile.errors import ArtifactError, ConfigError, InputError
+from edadm_compile.driver.outputs import check_writable
+from edadm_compile.errors import ConfigError, InputError
 from edadm_compile.evaluate.compare import NoiseComparison
 from edadm_compile.evaluate.metrics import finite
 from edadm_compile.frontend import Source, load_source
@@ -65,7 +65,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     """
     if request.device != "cpu":
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
-    _check_writable(request.output)
+    check_writable(request.output)
     config = make_config(request.options, request.config_file)
     # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
     targets = "none" if config.deploy and request.targets is None else request.targets
@@ -235,18 +235,13 @@ def _check_device_code(config: QuantConfig, options: DeviceOptions) -> None:
     triton_folder()
 
 
-def _check_writable(output: Path) -> None:
-    """Fail before hours of work, not after."""
-    folder = output.parent
-    if not folder.is_dir():
-        raise ArtifactError(f"cannot write {output}: folder {folder} does not exist")
-    if output.is_dir() or not os.access(folder, os.W_OK):
-        raise ArtifactError(f"cannot write {output}: {'it is a folder' if output.is_dir() else 'permission denied'}")
-
-
 def _dumper(folder: Path | None) -> Any:
     if folder is None:
         return None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"--dump-graphs {folder}: it is a file, expected a folder (which is made where it does not exist)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     counter = iter(range(100))
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from edadm_compile.driver.options import parse_batches
+from edadm_compile.driver.outputs import check_writable
 from edadm_compile.errors import ConfigError, InputError
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import aot
@@ -154,6 +155,7 @@ def retarget(
     Raises:
         EdadmError: an unreadable file, or code that cannot be made. `output` is written whole or not at all.
     """
+    check_writable(output)
     artifact = read(path)
     if options.targets:
         check_has_form(artifact)

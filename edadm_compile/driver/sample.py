@@ -15,7 +15,8 @@ from edadm_compile.calibration.guidance import labels_in_turn
 from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler, timesteps
 from edadm_compile.calibration.sampler import sample as run_sampler
 from edadm_compile.driver.options import guidance_options, load_options
-from edadm_compile.errors import InputError
+from edadm_compile.driver.outputs import check_writable
+from edadm_compile.errors import InputError, did_you_mean
 from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.frontend import guided_sampler, load_source, read_conditions
 from edadm_compile.ir.program import SamplerSpec, Signature
@@ -50,6 +51,7 @@ def run(
     Raises:
         EdadmError: unreadable files, or a reference that does not match.
     """
+    check_writable(output)
     model = load(artifact, engine=engine)
     spec = chosen_sampler(model, options)
     noise, conditions = inputs(model, spec, count, seed, label, options.get("conditions"))
@@ -85,6 +87,10 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(model.signature, count, generator)
     tensors = read_conditions(pool)
+    names = [spec.name for spec in model.signature.conditions]
+    if unknown := sorted(set(tensors) - set(names)):
+        near = did_you_mean(unknown[0], names)
+        raise InputError(f"--cond {pool}: {unknown[0]!r} is no condition of the model; it takes {', '.join(names) or 'none'}{near}")
     conditions = draw_conditions(model.signature, count, generator, tensors, sampler.null)
     if label is not None and not any(
         s.num_classes is not None and s.name not in tensors for s in model.signature.conditions

@@ -77,8 +77,11 @@ def run(
     return result
 
 
-def same_inputs(source: Source, loaded: Artifact) -> None:
-    """Refuse a reference that is called with other inputs than the artifact.
+def same_inputs(source: Source, loaded: Artifact, option: str = "--reference") -> None:
+    """Refuse a float model that is called with other inputs than the artifact.
+
+    Args:
+        option: where it was given, for the message.
 
     Raises:
         InputError: naming both lists of inputs.
@@ -86,7 +89,13 @@ def same_inputs(source: Source, loaded: Artifact) -> None:
     ours = [(s.name, s.shape) for s in loaded.lowered.signature.inputs]
     theirs = [(s.name, s.shape) for s in source.signature.inputs]
     if ours != theirs:
-        raise InputError(f"--reference takes inputs {theirs}, the artifact was compiled from a model with {ours}")
+        raise InputError(
+            f"{option} takes inputs {_named(theirs)}; the artifact was compiled from a model with {_named(ours)}: give that one"
+        )
+
+
+def _named(inputs: list[tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {['B', *shape]}".replace("'", "") for name, shape in inputs)
 
 
 def same_model(source: Source, loaded: Artifact) -> bool:

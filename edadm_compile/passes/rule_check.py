@@ -28,4 +28,4 @@ def check_rules(program: Program, config: QuantConfig) -> None:
         if not any(rule.matches(name) for name in names):
             near = did_you_mean(rule.pattern, names)
             shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-            raise ConfigError(f"rule {rule.pattern!r} matches no layer of this model{near}; layers are {shown}")
+            raise ConfigError(f"rule {rule.pattern!r} matches no layer of this model; layers are {shown}{near}")

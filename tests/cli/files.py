@@ -30,6 +30,7 @@ SETTINGS = {
     "typed.toml": 'weight_bits = "four"',
     "layer.toml": "[[rules]]\npattern = 'convv'\nweight_bits = 8",
     "nothing.toml": "[[rules]]\npattern = '*'\nweight_bits = 32",
+    "quick.toml": "[tdac]\ntrajectories = 2",
     "quantile.toml": "[tdac]\nradius_quantile = 2.0",
 }
 
@@ -56,7 +57,14 @@ def checkpoint(**changes):
     config = {**CONFIG, **changes.pop("config", {})}
     state = UNet2DModel(**config).state_dict()
     model = {"class_name": "UNet2DModel", "config": config}
-    return {"format": FORMAT, "model": model, "state_dict": state, "scheduler": DDIM, "sampler": {"steps": 2}, **changes}
+    return {
+        "format": FORMAT,
+        "model": model,
+        "state_dict": state,
+        "scheduler": DDIM,
+        "sampler": {"steps": 2},
+        **changes,
+    }
 
 
 def _models(folder):
@@ -64,7 +72,7 @@ def _models(folder):
     torch.save(good, folder / "unet.pt")
     torch.save(checkpoint(config={"num_class_embeds": 3}), folder / "classes.pt")
     torch.save(checkpoint(config={"num_class_embeds": 1}), folder / "class.pt")
-    for name in ("small", "labelled", "context", "tiny", "whole_timesteps"):
+    for name in ("small", "labelled", "context", "tiny", "whole_timesteps", "hidden"):
         torch.save(getattr(makers, name)().state_dict(), folder / f"{name}.pt")
     torch.save(TinyUNet(classes=5, seed=1).state_dict(), folder / "other.pt")
     nan = makers.small().state_dict()
@@ -129,6 +137,9 @@ def _exported(folder):
     ):
         dynamic = tuple({0: batch} for _ in inputs)
         torch.export.save(torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic), folder / f"{name}.pt2")
+    for name, size in (("extractor", 8), ("large", 16)):
+        module, images = makers.Features(), (torch.zeros(2, 3, size, size),)
+        torch.export.save(torch.export.export(module, images, dynamic_shapes=({0: batch},)), folder / f"{name}.pt2")
     data = bytearray((folder / "whole.pt2").read_bytes())
     where = data.find(b'"graph_module"')
     data = data.replace(b'"graph_module"', b'"graph_modula"') if where >= 0 else data

@@ -114,5 +114,44 @@ def sorting():
     return Small(lambda value: value.sort(dim=1).values)
 
 
+class Features(nn.Module):
+    """An extractor: the mean of each channel."""
+
+    def forward(self, images):
+        return images.mean(dim=(2, 3))
+
+
+class Hidden(Small):
+    """Keeps a copy of its weight that the capture cannot see."""
+
+    def forward(self, x, t):
+        with torch.no_grad():
+            shift = float(self.conv.weight.detach().sum()) if not torch.compiler.is_compiling() else 0.0
+        return x + shift
+
+
+def hidden():
+    return Hidden()
+
+
 def tiny():
     return TinyUNet(classes=5)
+
+
+class Spoilt(TinyUNet):
+    """Its prediction times `factor`."""
+
+    def __init__(self, factor):
+        super().__init__(classes=5)
+        self.factor = factor
+
+    def forward(self, x, t, label):
+        return super().forward(x, t, label) * self.factor
+
+
+def tiny_nan():
+    return Spoilt(float("nan"))
+
+
+def tiny_zero():
+    return Spoilt(0.0)
