@@ -90,7 +90,9 @@ def inputs(
     names = [spec.name for spec in model.signature.conditions]
     if unknown := sorted(set(tensors) - set(names)):
         near = did_you_mean(unknown[0], names)
-        raise InputError(f"--cond {pool}: {unknown[0]!r} is no condition of the model; it takes {', '.join(names) or 'none'}{near}")
+        raise InputError(
+            f"--cond {pool}: {unknown[0]!r} is no condition of the model; it takes {', '.join(names) or 'none'}{near}"
+        )
     conditions = draw_conditions(model.signature, count, generator, tensors, sampler.null)
     if label is not None and not any(
         s.num_classes is not None and s.name not in tensors for s in model.signature.conditions
