@@ -78,7 +78,9 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     )
     result = compile_source(source, config, progress, dump=_dumper(request.dump))
     start = time.perf_counter()
-    bundle = build(result.lowered, fitted(device_code, request.store, _beyond(result)), progress)
+    if device_code.targets:
+        device_code = fitted(device_code, request.store, _beyond(result))
+    bundle = build(result.lowered, device_code, progress)
     result.seconds["kernels"] = time.perf_counter() - start
     size = write(to_artifact(result, bundle), request.output)
     return {**summary(result, source, request.output, size), "device": describe(bundle)}
