@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import json
 import tomllib
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edadm_compile.errors import ConfigError
+from edadm_compile.errors import ConfigError, did_you_mean
 from edadm_compile.methods import METHODS, RANGES, SELECTIONS, Method
 from edadm_compile.quant.spec import ACT_BITS, WEIGHT_BITS
 
@@ -250,7 +249,8 @@ def load_config(path: Path) -> dict[str, Any]:
         text = path.read_text()
         return dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read settings file {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"cannot read settings file {path}: {reason}") from None
     except (json.JSONDecodeError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
         raise ConfigError(f"settings file {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
 
@@ -261,8 +261,7 @@ def _build(cls: type[Any], values: Any, where: str, **extra: Any) -> Any:
     types = {f.name: str(f.type) for f in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(types))}"
+            hint = did_you_mean(key, types) or f"; known are {', '.join(sorted(types))}"
             raise ConfigError(f"{where}: unknown setting {key!r}{hint}")
         if not _fits(value, types[key]):
             raise ConfigError(f"{where}: {key} must be {types[key]}, got {value!r}")
@@ -284,7 +283,8 @@ def _fits(value: Any, annotation: str) -> bool:
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}: got {value!r}, allowed {', '.join(str(a) for a in allowed if a is not None)}")
+        near = did_you_mean(str(value), [a for a in allowed if isinstance(a, str)])
+        raise ConfigError(f"{name}: got {value!r}, allowed {', '.join(str(a) for a in allowed if a is not None)}{near}")
 
 
 def _at_least(name: str, value: float, lowest: int) -> None:

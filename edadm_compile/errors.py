@@ -19,6 +19,15 @@ Messages say what happened, where, what was found, what is allowed and what to d
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """End of a message: "; did you mean 'x'?" where a known name is close to what was given, else nothing."""
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
 
 class EdadmError(Exception):
     """Base of all errors below; ``exit_code`` is what the command line exits with."""

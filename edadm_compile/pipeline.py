@@ -22,6 +22,7 @@ from edadm_compile.passes.base import Context, Pass, Progress, Silent, run_passe
 from edadm_compile.passes.calibrate import Calibrate
 from edadm_compile.passes.canonicalize import Canonicalize
 from edadm_compile.passes.decompose_attention import DecomposeAttention
+from edadm_compile.passes.finite import check_parameters
 from edadm_compile.passes.float_outputs import FloatOutputs
 from edadm_compile.passes.fold_attention import FoldAttention
 from edadm_compile.passes.freeze import Freeze
@@ -30,6 +31,7 @@ from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
 from edadm_compile.passes.reconstruct import Reconstruct
+from edadm_compile.passes.rule_check import check_rules
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
 from edadm_compile.passes.trace import trace
@@ -78,6 +80,7 @@ class CompileResult:
         quality: noise-prediction error of the lowered program against the float model on fresh noise.
         allocation: calibration samples per sampler step.
         float_bytes: size of the source's parameters in fp16.
+        warnings: sentences about values that the result should not be trusted with unseen; each names a layer.
     """
 
     qdq: Program
@@ -89,6 +92,7 @@ class CompileResult:
     allocation: list[int]
     float_bytes: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         quality = "not measured" if self.quality is None else f"{self.quality.sqnr:.1f} dB"
@@ -126,11 +130,16 @@ def compile_source(
     torch.manual_seed(config.seed)  # nothing draws from the global generator, schedulers of other people might
     ctx.progress.stage("capture", None)
     program = capture(source)
+    check_parameters(program)  # before constants are folded, under the names of the checkpoint
     program = run_passes(program, float_passes(), ctx, dump)
-    check_reachable(program, config)  # before the expensive part: what is out of reach here stays so
+    check_rules(
+        program, config
+    )  # before the expensive part, like the next: what is wrong or out of reach here stays so
+    check_reachable(program, config)
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
     ctx.calibration = collect(program, config, ctx.generator(1), pool=source.conditions, advance=ctx.progress.advance)
+    _warn_of_steps(ctx)
     clock.mark("calibration")
     result = program
     for item in quant_passes():
@@ -143,8 +152,20 @@ def compile_source(
     clock.mark("quality")
     counts = ctx.calibration.allocation.counts.tolist()
     return CompileResult(
-        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance()
-    )
+        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance(),
+        ctx.all_warnings(),
+    )  # fmt: skip
+
+
+def _warn_of_steps(ctx: Context) -> None:
+    """Few samples are no error, but the ranges of steps without one are guesses."""
+    counts = ctx.calibration.allocation.counts
+    without = int((counts == 0).sum())
+    if without:
+        ctx.warn(
+            f"{int(counts.sum())} calibration sample(s) for {counts.numel()} sampler steps: {without} steps have none, and "
+            f"all layers are calibrated without them; give --calib-samples {counts.numel()} or more"
+        )
 
 
 def _evaluations(program: Program, config: QuantConfig) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from edadm_compile.calibration import guidance, sampler, tdac
+from edadm_compile.calibration import diagnosis, guidance, sampler, tdac
 from edadm_compile.calibration.dataset import CalibrationSet, Trajectories
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
@@ -133,6 +133,7 @@ def _score_batch(
     n = config.tdac.trajectories
     x = sampler.draw_noise(program.signature, n, generator)
     conditions = sampler.draw_conditions(program.signature, n, generator, pool, program.sampler.null)
+    rows = tuple(guidance.both_branches(program.sampler, conditions))
     features: list[Tensor] = []
     states: list[Tensor] = []
     predictions: list[Tensor] = []
@@ -140,8 +141,10 @@ def _score_batch(
 
     def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
         if not bool(torch.isfinite(prediction).all()):
+            inputs = (x_in, torch.full((x_in.shape[0],), t).to(program.signature.inputs[1].dtype), *rows)
             raise CalibrationError(
-                f"the model's prediction at timestep {t:g} is not finite; check the weights and the scheduler"
+                f"the model's prediction at timestep {t:g} is not finite: {diagnosis.explain(program, inputs)}; check the "
+                "weights, the conditions and the scheduler"
             )
         # A scheduler such as PNDM calls the model more than once at some timesteps: every call is a step here.
         features.append(tap.feature)
@@ -152,7 +155,6 @@ def _score_batch(
 
     sampler.sample(tap, program.sampler, x, conditions, generator=generator, hook=hook)
     t = torch.tensor(times, dtype=torch.float64).to(program.signature.inputs[1].dtype)
-    rows = tuple(guidance.both_branches(program.sampler, conditions))
     return Trajectories(torch.stack(states), torch.stack(predictions), t, rows), features
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ from torch import nn
 
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
-from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, options_of
+from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, fitted, options_of
 from edadm_compile.driver.options import guidance_options, load_options
-from edadm_compile.errors import ArtifactError, ConfigError, InputError
+from edadm_compile.driver.outputs import check_writable
+from edadm_compile.errors import ConfigError, InputError
 from edadm_compile.evaluate.compare import NoiseComparison
 from edadm_compile.evaluate.metrics import finite
 from edadm_compile.frontend import Source, load_source
@@ -28,6 +28,7 @@ from edadm_compile.methods import LOSSES
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
+from edadm_compile.report.versions import versions
 from edadm_compile.runtime.artifact import Artifact, write
 
 
@@ -64,7 +65,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     """
     if request.device != "cpu":
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
-    _check_writable(request.output)
+    check_writable(request.output)
     config = make_config(request.options, request.config_file)
     # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
     targets = "none" if config.deploy and request.targets is None else request.targets
@@ -77,6 +78,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     )
     result = compile_source(source, config, progress, dump=_dumper(request.dump))
     start = time.perf_counter()
+    if device_code.targets:
+        device_code = fitted(device_code, request.store, _beyond(result))
     bundle = build(result.lowered, device_code, progress)
     result.seconds["kernels"] = time.perf_counter() - start
     size = write(to_artifact(result, bundle), request.output)
@@ -124,6 +127,7 @@ def compile_model(
     _check_device_code(config, device_code)
     result = compile_source(source, config, progress)
     if output is not None:
+        device_code = fitted(device_code, None, _beyond(result))
         write(to_artifact(result, build(result.lowered, device_code, progress or Silent())), Path(output))
     return result
 
@@ -168,6 +172,8 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         "allocation": result.allocation,
         "units": result.stats.get("reconstruct", {}).get("units", []),
         "average_bits": result.stats["assign_widths"]["average_bits"],
+        **({"beyond_float16": beyond} if (beyond := _beyond(result)) is not None else {}),
+        **({"warnings": result.warnings} if result.warnings else {}),
         **({"mixed_precision": mixed} if (mixed := result.stats["assign_widths"].get("mixed")) else {}),
         "versions": {
             "edadm_compile": edadm_compile.__version__,
@@ -201,8 +207,16 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
         "seconds": {k: round(v, 1) for k, v in result.seconds.items()},
         "total_seconds": round(sum(result.seconds.values()), 1),
         "float_layers": {row["layer"]: row["note"] for row in rows if row["executed"] == "float"},
-        "notes": list(result.lowered.notes),
+        "notes": [*result.lowered.notes, *result.warnings],
+        "reconstruction": units,
+        "versions": versions(),
     }
+
+
+def _beyond(result: CompileResult) -> dict[str, Any] | None:
+    """The layer whose values float16 cannot hold, if there is one."""
+    found: dict[str, Any] | None = result.stats["calibrate"].get("beyond_float16")
+    return found
 
 
 def _quality(quality: NoiseComparison) -> dict[str, Any]:
@@ -223,18 +237,13 @@ def _check_device_code(config: QuantConfig, options: DeviceOptions) -> None:
     triton_folder()
 
 
-def _check_writable(output: Path) -> None:
-    """Fail before hours of work, not after."""
-    folder = output.parent
-    if not folder.is_dir():
-        raise ArtifactError(f"cannot write {output}: folder {folder} does not exist")
-    if output.is_dir() or not os.access(folder, os.W_OK):
-        raise ArtifactError(f"cannot write {output}: {'it is a folder' if output.is_dir() else 'permission denied'}")
-
-
 def _dumper(folder: Path | None) -> Any:
     if folder is None:
         return None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"--dump-graphs {folder}: it is a file, expected a folder (which is made where it does not exist)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     counter = iter(range(100))
 

@@ -12,13 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from edadm_compile.calibration.guidance import labels_in_turn
-from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler
+from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler, timesteps
 from edadm_compile.calibration.sampler import sample as run_sampler
 from edadm_compile.driver.options import guidance_options, load_options
-from edadm_compile.errors import InputError
+from edadm_compile.driver.outputs import check_writable
+from edadm_compile.errors import InputError, did_you_mean
 from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.frontend import guided_sampler, load_source, read_conditions
 from edadm_compile.ir.program import SamplerSpec, Signature
+from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.artifact import write_atomically
 from edadm_compile.runtime.session import CompiledModel, load
@@ -33,14 +35,15 @@ def run(
     reference: Path | None,
     label: int | None,
     seed: int,
-    as_json: bool = False,
     engine: str | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Sample `count` images and write a grid.
 
     Args:
         engine: as in `edadm_compile.load`.
+        progress: receives stages and steps.
 
     Returns:
         output path, count, and the PSNR against the reference where one is given.
@@ -48,16 +51,20 @@ def run(
     Raises:
         EdadmError: unreadable files, or a reference that does not match.
     """
+    check_writable(output)
     model = load(artifact, engine=engine)
     spec = chosen_sampler(model, options)
     noise, conditions = inputs(model, spec, count, seed, label, options.get("conditions"))
-    images = generate(spec, model.predict, noise, conditions, seed)
+    progress = progress or Silent()
+    progress.stage("sampling", _calls(spec, count))
+    images = generate(spec, model.predict, noise, conditions, seed, progress)
     result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name,
                               "scheduler": spec.scheduler["_class_name"], "guidance": spec.guidance}  # fmt: skip
     rows = [images]
     if reference is not None:
         source = load_source(reference, load_options(options, spec))
-        originals = generate(spec, source.denoiser(), noise, conditions, seed)
+        progress.stage("float model", _calls(spec, count))
+        originals = generate(spec, source.denoiser(), noise, conditions, seed, progress)
         values = psnr(originals, images)
         result["psnr_db"] = {
             "median": float(values.median()),
@@ -80,6 +87,12 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(model.signature, count, generator)
     tensors = read_conditions(pool)
+    names = [spec.name for spec in model.signature.conditions]
+    if unknown := sorted(set(tensors) - set(names)):
+        near = did_you_mean(unknown[0], names)
+        raise InputError(
+            f"--cond {pool}: {unknown[0]!r} is no condition of the model; it takes {', '.join(names) or 'none'}{near}"
+        )
     conditions = draw_conditions(model.signature, count, generator, tensors, sampler.null)
     if label is not None and not any(
         s.num_classes is not None and s.name not in tensors for s in model.signature.conditions
@@ -116,12 +129,27 @@ def chosen_sampler(model: CompiledModel, options: dict[str, Any]) -> SamplerSpec
     return spec
 
 
-def generate(spec: SamplerSpec, denoiser: Any, noise: Tensor, conditions: list[Tensor], seed: int) -> Tensor:
+def _calls(spec: SamplerSpec, count: int) -> int:
+    """Calls of the model for `count` images."""
+    return len(timesteps(spec)) * -(-count // _BATCH)
+
+
+def generate(
+    spec: SamplerSpec, denoiser: Any, noise: Tensor, conditions: list[Tensor], seed: int,
+    progress: Progress | None = None,
+) -> Tensor:  # fmt: skip
     """Images [N, C, H, W] from a denoiser, in batches, with one sampler."""
     parts = []
+    advance = (progress or Silent()).advance
+
+    def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
+        advance(1, f"t={t:g}")
+
     for number, rows in enumerate(torch.arange(noise.shape[0]).split(_BATCH)):
         generator = torch.Generator().manual_seed(seed + number)
-        parts.append(run_sampler(denoiser, spec, noise[rows], [c[rows] for c in conditions], generator=generator))
+        parts.append(
+            run_sampler(denoiser, spec, noise[rows], [c[rows] for c in conditions], generator=generator, hook=hook)
+        )
     return torch.cat(parts)
 
 

@@ -22,7 +22,19 @@ class Progress(Protocol):
         """A stage begins; `total` steps will follow if known."""
 
     def advance(self, steps: int = 1, message: str = "") -> None:
-        """`steps` of the current stage are done; `message` is a short remark such as a loss."""
+        """`steps` of the current stage are done; `message` is a short remark such as a loss.
+
+        With 0 steps the message stands for itself: the result of a block (shown with ``--verbose``), or a warning
+        (`is_warning`), shown at once.
+        """
+
+
+_WARNING = "warning: "
+
+
+def is_warning(message: str) -> bool:
+    """Whether a remark is a warning of `Context.warn`."""
+    return message.startswith(_WARNING)
 
 
 class Silent:
@@ -44,12 +56,25 @@ class Context:
         calibration: the calibration set, once collected (see `edadm_compile.calibration.dataset`).
         progress: where to report.
         stats: results of finished passes by name.
+        warnings: what the user must know about the result, in the order found; see `warn`.
     """
 
     config: QuantConfig
     calibration: Any = None
     progress: Progress = field(default_factory=Silent)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Keep a sentence for the summary, and report it at once; the same sentence only once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.progress.advance(0, _WARNING + text)
+
+    def all_warnings(self) -> list[str]:
+        """Sentences of the calibration, then those in the statistics of passes, which may come from an earlier run."""
+        of_passes = [text for stats in self.stats.values() for text in stats.get("warnings", ())]
+        return list(dict.fromkeys([*(t for t in self.warnings if t not in of_passes), *of_passes]))
 
     def generator(self, salt: int) -> torch.Generator:
         """A random generator of its own for one purpose, so that adding a pass does not shift another's draws."""
@@ -98,13 +123,15 @@ def run_passes(
     for item in passes:
         if program.dialect != item.reads:
             raise DialectError(f"pass {item.name} reads dialect {item.reads}, got {program.dialect}")
-        start = time.perf_counter()
+        start, told = time.perf_counter(), len(ctx.warnings)
         result = item.run(program.fork(), ctx)
         if result.program.dialect != item.writes:
             raise DialectError(f"pass {item.name} writes dialect {item.writes}, got {result.program.dialect}")
         verify(result.program)
         program = result.program
-        ctx.stats[item.name] = {**result.stats, "changed": result.changed, "seconds": time.perf_counter() - start}
+        warnings = {"warnings": ctx.warnings[told:]} if ctx.warnings[told:] else {}
+        seconds = time.perf_counter() - start
+        ctx.stats[item.name] = {**result.stats, **warnings, "changed": result.changed, "seconds": seconds}
         if dump is not None:
             dump(item.name, program)
     return program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from edadm_compile.config import QuantConfig
+from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import layer_weight
 from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import Program
@@ -67,6 +69,7 @@ def _train_units(
         label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
         told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
         reports.append(told | trainer.run(ctx, label))
+        ctx.progress.advance(0, f"{label} loss {reports[-1]['before']:.3e} → {reports[-1]['after']:.3e}")
 
     streams.advance(train)
     return reports
@@ -118,7 +121,7 @@ class UnitTrainer:
     def run(self, ctx: Context, label: str) -> dict[str, Any]:
         """Train, fix the roundings, and return losses before and after."""
         config = self.config
-        before = self._mean_loss()
+        before = self._finite(self._mean_loss())
         groups = self._parameter_groups()
         if not groups:  # only scales are trained, and no activation in this unit has one of its own
             ctx.progress.advance(config.iters, label)
@@ -135,9 +138,19 @@ class UnitTrainer:
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == config.iters:
                 done = every if (step + 1) % every == 0 else config.iters % every
-                ctx.progress.advance(done, f"{label} loss {float(loss.detach()):.2e}")
+                ctx.progress.advance(done, f"{label} loss {self._finite(float(loss.detach())):.2e}")
         self._finish()
-        return {"before": before, "after": self._mean_loss()}
+        return {"before": before, "after": self._finite(self._mean_loss())}
+
+    def _finite(self, loss: float) -> float:
+        """The loss, unless squares of the unit's values overflow float32: rounding learned from NaN would be noise."""
+        if math.isfinite(loss):
+            return loss
+        largest = max(float(v.abs().max()) for v in self.quant_in.values())
+        raise CalibrationError(
+            f"the loss of block {self.unit.name} is {loss}: its values (inputs reach {largest:.3g}) are too large to be "
+            "squared in float32; scale the model down, or leave these layers in float with a rule (weight_bits = 32)"
+        )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         narrow: list[nn.Parameter] = []

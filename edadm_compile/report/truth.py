@@ -84,7 +84,7 @@ def launch_table(bundle: Bundle, arch: str, batch: int) -> list[dict[str, Any]]:
     plan = bundle.plans.get((arch, batch))
     if plan is None:
         held = ", ".join(f"{a}:{b}" for a, b in sorted(bundle.plans))
-        raise InputError(f"--launches: got {arch}:{batch}, the file has {held}")
+        raise InputError(f"--launches: got {arch}:{batch}, the file has {held or 'no plan'}")
     return [
         _launch_row(plan, launch, bundle.cubins.get(key), i)
         for i, (launch, key) in enumerate(zip(plan.launches, bundle.keys[arch, batch], strict=True))
