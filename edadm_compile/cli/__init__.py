@@ -11,6 +11,7 @@ from edadm_compile.cli.compile import compile
 from edadm_compile.cli.evaluate import evaluate
 from edadm_compile.cli.export import export
 from edadm_compile.cli.inspect import inspect
+from edadm_compile.cli.report import report
 from edadm_compile.cli.sample import sample
 from edadm_compile.cli.target import target
 from edadm_compile.cli.tune import tune
@@ -41,5 +42,5 @@ def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
 
 
-for _verb in (compile, inspect, target, export, sample, verify, evaluate, bench, tune):
+for _verb in (compile, inspect, target, export, sample, verify, evaluate, report, bench, tune):
     main.add_command(_verb)

@@ -89,6 +89,7 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @device_options
 @source_options
 @sampler_options
+@click.option("--report", type=FILE, metavar="FILE.html", help="Also write a page about the result.")
 @click.option("--dump-graphs", type=FILE, metavar="DIR", help="Write the graph after each pass.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 @json_option
@@ -105,6 +106,7 @@ def compile(
     targets: str | None,
     batch: str | None,
     store: str | None,
+    report: Path | None,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -113,7 +115,7 @@ def compile(
     """
     from edadm_compile.driver import compile as driver
     from edadm_compile.report import progress as bars
-    from edadm_compile.report import tables
+    from edadm_compile.report import report_lines, tables
 
     request = driver.Request(
         model=model,
@@ -125,6 +127,7 @@ def compile(
         targets=targets,
         batch=batch,
         store=store,
+        report=report,
     )
     with bars.reporter(quiet or as_json) as progress:
         summary = driver.run(request, progress)
@@ -132,3 +135,5 @@ def compile(
         click.echo(json.dumps(summary, indent=2))
     elif not quiet:
         tables.print_summary(summary)
+        if report is not None:
+            report_lines.print_report(summary["report"])

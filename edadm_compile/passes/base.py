@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import DialectError
 from edadm_compile.ir.dialects import verify
@@ -44,12 +45,14 @@ class Context:
         calibration: the calibration set, once collected (see `edadm_compile.calibration.dataset`).
         progress: where to report.
         stats: results of finished passes by name.
+        block_finished: told each reconstructed block.
     """
 
     config: QuantConfig
     calibration: Any = None
     progress: Progress = field(default_factory=Silent)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    block_finished: Callable[[BlockFinished], None] = lambda event: None
 
     def generator(self, salt: int) -> torch.Generator:
         """A random generator of its own for one purpose, so that adding a pass does not shift another's draws."""
