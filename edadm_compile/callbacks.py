@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from edadm_compile.errors import InputError
 
@@ -97,15 +97,17 @@ class Dispatcher:
     """
 
     def __init__(self, receivers: Receiver | Sequence[Receiver] | None) -> None:
-        listed = [] if receivers is None else list(receivers) if isinstance(receivers, (list, tuple)) else [receivers]
+        listed: Any = [] if receivers is None else receivers if isinstance(receivers, (list, tuple)) else [receivers]
         for item in listed:
             _check(item)
-        self._receivers: list[Receiver] = listed
-        self._stage, self._done, self._total = "", 0, None
+        self._receivers: list[Receiver] = list(listed)
+        self._stage = ""
+        self._done = 0
+        self._total: int | None = None
 
     def stage(self, name: str, total: int | None) -> None:
         """A stage begins; `total` steps will follow if known."""
-        self._stage, self._done, self._total = name, 0, total  # type: ignore[assignment]
+        self._stage, self._done, self._total = name, 0, total
         self._send(StageStarted(name, total))
 
     def advance(self, steps: int = 1, message: str = "") -> None:

@@ -134,13 +134,14 @@ def _compared(subject: Subject, count: int | None, seed: int, progress: Progress
     same_inputs(source, loaded)
     source = dataclasses.replace(source, sampler=loaded.lowered.sampler)
     count = count or (PAIRS_LARGE if source.parameters() > MEASURE_LIMIT else PAIRS)
-    progress.stage("report: trajectories", 2 * len(sampler.timesteps(source.sampler)))
+    progress.stage("report: float model", None)
     recorder = RangeRecorder(_annotated(source, loaded))
     engine = make_engine(None, "cpu", loaded)
     generator = torch.Generator().manual_seed(evaluation_seed(seed))
     signature, spec = loaded.lowered.signature, source.sampler
     x = sampler.draw_noise(signature, count, generator)
     conditions = sampler.draw_conditions(signature, count, generator, source.conditions, spec.null)
+    progress.stage("report: trajectories", 2 * len(sampler.timesteps(spec)))
     pairs = sample_pairs(
         recorder, engine, spec, x, conditions, batch=count, seed=evaluation_seed(seed), advance=progress.advance
     )

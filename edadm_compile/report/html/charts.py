@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from edadm_compile.report.html.scales import Linear, linear_ticks, number
+from edadm_compile.report.html.scales import Linear, linear_ticks, number, timestep
 
 #: Widths in pixels: beside each other on a desktop and in print, and on a telephone.
-WIDE, NARROW = 760, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 40
+WIDE, NARROW = 980, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 26, 40
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Frame:
         return Markup("".join(parts))
 
     def _axes(self) -> list[str]:
-        parts = [f'<text class="axis-label" x="{_LEFT}" y="{_TOP - 2}">{escape(self.label)}</text>']
+        parts = [f'<text class="axis-label" x="{_LEFT}" y="{_TOP - 12}">{escape(self.label)}</text>']
         for tick in self.ticks:
             y = self.y(tick)
             parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{self.width - _RIGHT}"/>')
             parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{y + 4:.1f}">{_tick(tick)}</text>')
         for index in _labelled(len(self.timesteps), 4 if self.width < WIDE else 8):
-            text = number(self.timesteps[index], 4)
+            text = timestep(self.timesteps[index])
             parts.append(
                 f'<text class="tick middle" x="{self.x(index):.1f}" y="{self.height - 22}">{escape(text)}</text>'
             )
@@ -141,7 +141,7 @@ def _both(draw: object, title: str, height: int) -> Markup:
 
 
 def lines(
-    timesteps: Sequence[float], series: Sequence[Series], label: str, title: str, height: int = 250, zero: bool = False
+    timesteps: Sequence[float], series: Sequence[Series], label: str, title: str, height: int = 264, zero: bool = False
 ) -> Markup:
     """A line chart of one or more series over the steps.
 
@@ -161,7 +161,7 @@ def lines(
     return _both(draw, title, height)
 
 
-def columns(timesteps: Sequence[float], series: Series, label: str, title: str, height: int = 190) -> Markup:
+def columns(timesteps: Sequence[float], series: Series, label: str, title: str, height: int = 200) -> Markup:
     """A column chart over the steps, from zero."""
     values = [v or 0.0 for v in series.values]
     ticks = linear_ticks(0.0, max([1.0, *values]), 4)
@@ -175,7 +175,7 @@ def columns(timesteps: Sequence[float], series: Series, label: str, title: str, 
     return _both(draw, title, height)
 
 
-def ranges(timesteps: Sequence[float], layer: dict[str, list[float]], title: str, height: int = 280) -> Markup:
+def ranges(timesteps: Sequence[float], layer: dict[str, list[float]], title: str, height: int = 290) -> Markup:
     """What a layer reads over the steps: all values, the quantiles between, and the ends of its quantizer.
 
     Args:
@@ -201,4 +201,4 @@ def ranges(timesteps: Sequence[float], layer: dict[str, list[float]], title: str
 
 def _told(timesteps: Sequence[float], index: int, series: Sequence[Series]) -> str:
     values = ", ".join(f"{s.name} {number(s.values[index], 4)}" for s in series)
-    return f"step {index + 1} of {len(timesteps)}, t = {number(timesteps[index], 4)}: {values}"
+    return f"step {index + 1} of {len(timesteps)}, t = {timestep(timesteps[index])}: {values}"

@@ -9,8 +9,8 @@ from typing import Any
 from edadm_compile.report.html.scales import log_ends, log_share, number
 from edadm_compile.report.tables import human
 
-#: Rows of a list that are shown at once; the others unfold.
-SHOWN = 20
+#: Rows of a list that are shown at once; the others unfold, but not for the sake of a few.
+SHOWN, FEW = 16, 6
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class BarList:
     rows: list[Bar]
     marks: list[tuple[float, str]]
 
+    @property
+    def shown(self) -> int:
+        """Rows that are shown at once."""
+        return len(self.rows) if len(self.rows) <= SHOWN + FEW else SHOWN
+
 
 def block_losses(units: Sequence[Mapping[str, Any]]) -> BarList:
     """Loss of each block before and after reconstruction, on a logarithmic scale."""
@@ -50,8 +55,9 @@ def block_losses(units: Sequence[Mapping[str, Any]]) -> BarList:
         before, after = unit["before"], unit["after"]
         change = 100 * (after / before - 1) if before > 0 else 0.0
         phase = unit.get("phase", "joint")
-        note = f"{unit['kind']}, {unit['layers']} layer{'' if unit['layers'] == 1 else 's'}"
-        text = f"{number(before)} → {number(after)} ({change:+.0f} %)".replace("-", "−")
+        note = "single layer" if unit["layers"] == 1 else f"{unit['kind']} of {unit['layers']} layers"
+        told = "unchanged" if abs(change) < 0.5 else f"{change:+.0f} %".replace("-", "−")
+        text = f"{number(before)} → {number(after)} ({told})"
         rows.append(
             Bar(unit["unit"], 100 * log_share(after, ends), text, 100 * log_share(before, ends),
                 note if phase == "joint" else f"{note}, {phase}", "better" if after <= before else "worse")
@@ -65,7 +71,7 @@ def sensitivities(found: Mapping[str, float], widths: Mapping[str, str]) -> BarL
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     rows = [
         Bar(name, 100 * log_share(v, ends), number(v), note=widths.get(name, ""),
-            style="wide-codes" if widths.get(name, "").startswith("w8") else "narrow-codes")
+            style=f"stem {_colour(widths.get(name, ''))}")
         for name, v in ordered
     ]  # fmt: skip
     return BarList(rows, _powers(ends))

@@ -13,8 +13,11 @@ from markupsafe import Markup
 from edadm_compile.errors import ArtifactError
 from edadm_compile.report.html import charts, lists, verdict
 from edadm_compile.report.html.charts import Series
-from edadm_compile.report.html.scales import number
+from edadm_compile.report.html.scales import number, timestep
 from edadm_compile.report.tables import human
+
+#: Charts that a report may have.
+KEYS = ("samples", "noise", "allocation", "scores", "blocks", "ranges", "sensitivity", "sizes", "times")
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,18 @@ def _rendered(facts: Mapping[str, Any]) -> str:
         loader=jinja2.PackageLoader("edadm_compile.report.html"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"human": human, "number": number, "decibel": verdict.decibel, "embedded": embedded}
+    environment.filters |= {
+        "human": human,
+        "number": number,
+        "decibel": verdict.decibel,
+        "embedded": embedded,
+        "breakable": breakable,
+    }
     template = environment.get_template("report.html.j2")
     return template.render(
-        facts=facts, tiles=verdict.tiles(facts), sentences=verdict.sentences(facts),
-        float_groups=verdict.float_groups(facts["layers"]), plots=plots(facts), rows=_rows(facts), shown=lists.SHOWN,
+        facts=facts, tiles=verdict.tiles(facts), headline=verdict.headline(facts),
+        sentences=verdict.sentences(facts),
+        float_groups=verdict.float_groups(facts["layers"]), plots={**dict.fromkeys(KEYS), **plots(facts)}, rows=_rows(facts),
         numbers=_numbers(facts), between=lists.between(facts["times"]), stages=lists.stages(facts["seconds"] or {}),
     )  # fmt: skip
 
@@ -71,6 +81,11 @@ def embedded(data: Any) -> Markup:
     """JSON for a script element: no text in it can end the element or begin a comment."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def breakable(name: str) -> Markup:
+    """A layer name that may break behind its dots."""
+    return Markup("<wbr>").join(part + "." for part in name.split(".")[:-1]) + Markup("<wbr>") + name.split(".")[-1]
 
 
 def plots(facts: Mapping[str, Any]) -> dict[str, Plot]:
@@ -176,9 +191,9 @@ def _numbers(facts: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
     found: dict[str, list[list[Any]]] = {"noise": [], "calibration": []}
     if facts["noise"] is not None:
         pairs = zip(facts["noise"]["timesteps"], facts["noise"]["per_step"], strict=False)
-        found["noise"] = [[i, number(t, 4), verdict.decibel(v)] for i, (t, v) in enumerate(pairs, 1)]
+        found["noise"] = [[i, timestep(t), verdict.decibel(v)] for i, (t, v) in enumerate(pairs, 1)]
     counts, selection = facts["allocation"] or [], facts["selection"] or {}
     scores = [selection.get(key) or [None] * len(counts) for key in ("density", "diversity")]
     for i, (t, count, *pair) in enumerate(zip(_timesteps(facts), counts, *scores, strict=False), 1):
-        found["calibration"].append([i, number(t, 4), count, *(number(v) for v in pair)])
+        found["calibration"].append([i, timestep(t), count, *(number(v) for v in pair)])
     return found

@@ -55,6 +55,11 @@ def log_share(value: float, ends: tuple[int, int]) -> float:
     return min(1.0, max(0.0, (math.log10(value) - ends[0]) / (ends[1] - ends[0])))
 
 
+def timestep(value: float) -> str:
+    """A timestep: whole ones without decimals."""
+    return f"{value:.6g}"
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A figure with a few significant digits; a dash where there is none."""
     if value is None:

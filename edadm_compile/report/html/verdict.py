@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edadm_compile.report.html.scales import number
+from edadm_compile.report.html.scales import number, timestep
 from edadm_compile.report.tables import human
 
 
@@ -37,8 +37,7 @@ def tiles(facts: Mapping[str, Any]) -> list[Tile]:
     if totals["ratio_to_fp16"]:
         note = f"of fp16: {human(totals['fp16_bytes'])} → {human(totals['bytes'])} for quantized layers"
         found.append(Tile("Weight size", f"{100 * totals['ratio_to_fp16']:.1f} %", note))
-    running = totals["quantized_layers"] + _products(facts["layers"]) + totals["float_layers"]
-    integers = running - totals["float_layers"]
+    integers, running = _integers(facts)
     folded = totals["folded_layers"]
     note = f"{totals['float_layers']} in float" + (f"; {folded} more folded into tables" if folded else "")
     found.append(Tile("Layers in integers", f"{integers} of {running}", note))
@@ -60,11 +59,33 @@ def _worst(noise: Mapping[str, Any]) -> str:
     if not known:
         return "exact at every step"
     value, t = min(known)
-    return f"over all steps; worst {decibel(value)} at t = {number(t, 4)}"
+    return f"over all steps; worst {decibel(value)} at t = {timestep(t)}"
+
+
+def headline(facts: Mapping[str, Any]) -> str:
+    """What runs, how small and how good it is, in one sentence."""
+    integers, running = _integers(facts)
+    found = f"{integers} of {running} layers run in integers"
+    ratio = facts["totals"]["ratio_to_fp16"]
+    if ratio:
+        found += f", their weights take {100 * ratio:.1f} % of their fp16 size"
+    noise = facts["noise"]
+    if noise is None:
+        return f"{found}; the error was not measured."
+    if noise["sqnr"] is None:
+        return f"{found}, and predictions equal the float model's."
+    return f"{found}, and the prediction error carries {number(100 * 10 ** (-noise['sqnr'] / 10), 2)} % of the prediction's energy."
+
+
+def _integers(facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Layers that run in integers, and layers that run."""
+    totals = facts["totals"]
+    integers = totals["quantized_layers"] + _products(facts["layers"])
+    return integers, integers + totals["float_layers"]
 
 
 def sentences(facts: Mapping[str, Any]) -> list[str]:
-    """What was compiled, how far it is from the float model, and what runs."""
+    """What was compiled, and what runs."""
     config, source = facts["config"], facts["source"]
     name = source.get("file")
     origin = f"{source.get('class', 'The model')}{f' from {name}' if name else ''}"
@@ -73,17 +94,12 @@ def sentences(facts: Mapping[str, Any]) -> list[str]:
         f"{config['act_bits']}-bit activations, method {config['method']}; weights of quantized layers have "
         f"{facts['average_bits']:.2f} bits on average."
     ]
-    noise = facts["noise"]
-    if noise is not None and noise["sqnr"] is not None:
-        share = 100 * 10 ** (-noise["sqnr"] / 10)
-        found.append(
-            f"Its prediction differs from the float model's by {number(share, 2)} % of the energy of the prediction."
-        )
     widths: dict[str, int] = {}
     for row in facts["layers"]:
         widths[row["executed"]] = widths.get(row["executed"], 0) + 1
-    integers = ", ".join(f"{n} as {w}" for w, n in sorted(widths.items()) if w not in ("float", "table"))
-    found.append(f"In integers: {integers or 'no layer'}.")
+    integers = [f"{n} as {w}" for w, n in sorted(widths.items()) if w not in ("float", "table")]
+    codes = " (weights w and activations a of so many bits)" if integers else ""
+    found.append(f"Layers in integers: {', '.join(integers) or 'none'}{codes}.")
     return found
 
 

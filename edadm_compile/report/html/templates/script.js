@@ -86,8 +86,8 @@
     };
     const draw = () => {
       const layer = ranges.layers[Number(select.value)], t = ranges.timesteps, limits = layer.quantizer || [];
-      const width = Math.max(300, Math.round(chart.clientWidth || 760)), height = 280;
-      const left = 46, right = 12, top = 12, bottom = 40;
+      const width = Math.max(300, Math.round(chart.clientWidth || 980)), height = 290;
+      const left = 46, right = 12, top = 26, bottom = 40;
       const ticks = ticksOf(Math.min(...layer.low, ...limits), Math.max(...layer.high, ...limits));
       const x = (i) => left + (i + 0.5) / t.length * (width - left - right);
       const y = (v) => height - bottom - (v - ticks[0]) / (ticks.at(-1) - ticks[0]) * (height - bottom - top);
@@ -101,7 +101,7 @@
       };
       for (const [key, v] of Object.entries({ class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img",
         "aria-label": `Range of what ${layer.layer} reads over the timesteps` })) root.setAttribute(key, v);
-      add("text", { class: "axis-label", x: left, y: top - 2 }, "value");
+      add("text", { class: "axis-label", x: left, y: top - 12 }, "value");
       for (const tick of ticks) {
         add("path", { class: "grid", d: `M${left} ${y(tick)}H${width - right}` });
         add("text", { class: "tick end", x: left - 6, y: y(tick) + 4 }, short(tick));
@@ -139,6 +139,6 @@
     addEventListener("beforeprint", draw);
   }
 
-  // On paper everything that unfolds is open, but the long tables of numbers.
-  addEventListener("beforeprint", () => document.querySelectorAll("details:not(.numbers)").forEach((d) => { d.open = true; }));
+  // On paper names and settings are open; the long tails of lists stay closed.
+  addEventListener("beforeprint", () => document.querySelectorAll("details.paper").forEach((d) => { d.open = true; }));
 })();
