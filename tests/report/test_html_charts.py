@@ -69,7 +69,9 @@ def test_a_band_goes_there_and_back():
 
 
 def test_a_chart_says_every_value_to_a_pointer():
-    drawing = str(charts.lines([75.0, 0.0], [Series("SQNR, dB", [40.0, None], "quantized")], "SQNR, dB", "what it shows"))
+    drawing = str(
+        charts.lines([75.0, 0.0], [Series("SQNR, dB", [40.0, None], "quantized")], "SQNR, dB", "what it shows")
+    )
     assert drawing.count("<svg") == 2 and "step 1 of 2, t = 75: SQNR, dB 40.00" in drawing
     assert "step 2 of 2, t = 0: SQNR, dB –" in drawing
 

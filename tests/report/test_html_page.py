@@ -52,7 +52,9 @@ def document():
     return Document(page.render(facts()))
 
 
-@pytest.mark.parametrize("given", [facts(), alone(), hostile('</script><script>alert("x")</script>')], ids=["full", "alone", "hostile"])
+@pytest.mark.parametrize(
+    "given", [facts(), alone(), hostile('</script><script>alert("x")</script>')], ids=["full", "alone", "hostile"]
+)
 def test_every_page_is_well_formed_and_its_anchors_lead_somewhere(given):
     found = Document(page.render(given))
     ids = [attrs["id"] for _, attrs in found.elements if "id" in attrs]
@@ -105,7 +107,7 @@ def test_the_top_says_what_matters(document):
     assert tiles["Layers in integers"].startswith("3 of 4") and "1 in float" in tiles["Layers in integers"]
     assert tiles["Weight size"].startswith("63.4 %")
     assert tiles["Time of one call"].startswith("0.0500 ms")  # 30 + 12 in layers, 8 between
-    reasons = [text for a, text in document.all("ul", class_="reasons")][0]
+    reasons = next(text for _, text in document.all("ul", class_="reasons"))
     assert "1 layer: product of two activations" in " ".join(reasons.split())
 
 
@@ -115,7 +117,14 @@ def test_the_table_of_layers_has_every_row_with_what_is_known_of_it(document):
     assert rows[1] == "2 mid.conv conv2d 4 × 4 × 3 × 3 w4a8 w4a8 88 288 4,000 0.00200 12.0"
     assert rows[2].startswith("3 mid.attention attention float float product of two activations –")
     values = [a["data-value"] for a, _ in document.all("td") if "data-value" in a]
-    assert values[:6] == ["1", "300", "288", "9000", "", "30.0"]  # number, bytes, fp16, MAC, sensitivity, time of conv_in
+    assert values[:6] == [
+        "1",
+        "300",
+        "288",
+        "9000",
+        "",
+        "30.0",
+    ]  # number, bytes, fp16, MAC, sensitivity, time of conv_in
 
 
 def test_a_hostile_name_stays_text():
@@ -124,7 +133,7 @@ def test_a_hostile_name_stays_text():
     found = Document(text)
     assert not found.all("img", src="x") and "49" not in found.texts[0][:2000]
     assert all("onerror" not in attrs for _, attrs in found.elements)
-    data = json.loads(dict((a["id"], t) for a, t in found.all("script", type="application/json"))["data-ranges"])
+    data = json.loads({a["id"]: t for a, t in found.all("script", type="application/json")}["data-ranges"])
     assert data["layers"][1]["layer"] == name
     assert [t for a, t in found.all("option") if t == name]
     assert len(found.all("script")) == 1 + len(page.KEYS) + 1
@@ -145,6 +154,12 @@ def test_another_reference_is_said():
 
 
 def test_a_manifest_of_somebody_else_is_an_error_and_no_traceback():
-    for broken in ({"config": {}}, {"versions": None}, {"source": "x"}, {"layers": [{"layer": 1}]}, {"allocation": ["a"]}):
+    for broken in (
+        {"config": {}},
+        {"versions": None},
+        {"source": "x"},
+        {"layers": [{"layer": 1}]},
+        {"allocation": ["a"]},
+    ):
         with pytest.raises(ArtifactError, match="not what edadm-compile writes"):
             page.render(facts(**broken))
