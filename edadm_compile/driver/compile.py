@@ -86,13 +86,10 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     start = time.perf_counter()
     bundle = build(result.lowered, device_code, progress)
     result.seconds["kernels"] = time.perf_counter() - start
-    artifact = to_artifact(result, bundle)
-    size = write(artifact, request.output)
+    size = write(to_artifact(result, bundle), request.output)
     found = {**summary(result, source, request.output, size), "device": describe(bundle)}
     if request.report is not None:
-        found["report"] = reports.after_compile(
-            artifact, request.output, source, result.seconds, request.report, progress
-        )
+        found["report"] = reports.after_compile(request.output, source, result.seconds, request.report, progress)
     return found
 
 
@@ -148,10 +145,9 @@ def compile_model(
     told = Dispatcher(callbacks)
     result = compile_source(source, config, told, calibration=calibration, block_finished=told.block)
     if output is not None:
-        artifact = to_artifact(result, build(result.lowered, device_code, told))
-        write(artifact, Path(output))
+        write(to_artifact(result, build(result.lowered, device_code, told)), Path(output))
         if report is not None:
-            reports.after_compile(artifact, Path(output), source, result.seconds, Path(report), told)
+            reports.after_compile(Path(output), source, result.seconds, Path(report), told)
     return result
 
 

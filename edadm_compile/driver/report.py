@@ -13,7 +13,7 @@ from edadm_compile.driver.report_facts import Subject, gather
 from edadm_compile.errors import ArtifactError, InputError
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.passes.base import Progress
-from edadm_compile.runtime.artifact import Artifact, read, write_atomically
+from edadm_compile.runtime.artifact import read, write_atomically
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
 
 
 def after_compile(
-    artifact: Artifact, path: Path, source: Source, seconds: dict[str, float], output: Path, progress: Progress
+    path: Path, source: Source, seconds: dict[str, float], output: Path, progress: Progress
 ) -> dict[str, Any]:
     """Write the report of a file that has just been written; it also has the time of each stage.
 
@@ -63,6 +63,7 @@ def after_compile(
     """
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
+    artifact = read(path)  # what is in the file, not what was meant to be in it
     name = str(source.origin.get("file", source.signature.source))
     return write(Subject(artifact, path.name, len(content), digest, source, name, seconds), output, progress=progress)
 

@@ -13,14 +13,14 @@ from edadm_compile.config import from_dict
 from edadm_compile.driver.layer_times import layer_times
 from edadm_compile.driver.report_images import GAIN, image_pairs
 from edadm_compile.driver.verify import same_inputs, same_model
-from edadm_compile.errors import ArtifactError, ConfigError
+from edadm_compile.errors import ArtifactError, ConfigError, QualityError
 from edadm_compile.evaluate.activation_ranges import QUANTILES, RangeRecorder, quantizer_ranges
 from edadm_compile.evaluate.metrics import finite
 from edadm_compile.evaluate.paired import Pairs, evaluation_seed, sample_pairs
 from edadm_compile.frontend import Source
 from edadm_compile.ir.program import Program
 from edadm_compile.passes.base import Context, Progress, Silent, run_passes
-from edadm_compile.passes.layer_roles import annotate
+from edadm_compile.passes.layer_roles import annotate, apply_rules
 from edadm_compile.passes.sensitivity import MEASURE_LIMIT
 from edadm_compile.pipeline import capture, float_passes
 from edadm_compile.report.tables import inspect_report
@@ -70,6 +70,7 @@ def gather(
     Raises:
         InputError: a reference with other inputs.
         ArtifactError: a manifest whose record of the compilation is malformed.
+        QualityError: images of the compiled model that are not finite.
     """
     progress = progress or Silent()
     loaded = subject.artifact
@@ -109,6 +110,10 @@ def _recorded(loaded: Artifact) -> dict[str, Any]:
     return found
 
 
+#: Entries of the record of the selection that are no list.
+_NO_LISTS = ("radius", "given")
+
+
 def _check(found: dict[str, Any], allocation: Any) -> None:
     """Refuse records that a chart cannot be made of.
 
@@ -117,7 +122,7 @@ def _check(found: dict[str, Any], allocation: Any) -> None:
     """
     lists = {"allocation": allocation or []}
     if found["selection"] is not None:
-        lists |= {f"selection.{k}": v or [] for k, v in found["selection"].items() if k != "radius"}
+        lists |= {f"selection.{k}": v or [] for k, v in found["selection"].items() if k not in _NO_LISTS}
     if found["noise"] is not None:
         lists["quality.per_step"] = [v for v in found["noise"]["per_step"] if v is not None]
     lists["sensitivity"] = list((found["sensitivity"] or {}).values())
@@ -145,6 +150,8 @@ def _compared(subject: Subject, count: int | None, seed: int, progress: Progress
     pairs = sample_pairs(
         recorder, engine, spec, x, conditions, batch=count, seed=evaluation_seed(seed), advance=progress.advance
     )
+    if not bool(torch.isfinite(pairs.candidate).all()):
+        raise QualityError("report: images of the compiled model are not finite; see edadm-compile verify")
     where = f"measured for this report on {count} trajectories of fresh noise, {engine.name} engine"
     return {
         "reference": {"name": subject.reference, "same_model": same_model(source, loaded)},
@@ -162,6 +169,7 @@ def _annotated(source: Source, loaded: Artifact) -> Program:
         raise ArtifactError(f"report: the file's configuration is not understood: {error}") from None
     program = run_passes(capture(source), float_passes(), Context(config))
     annotate(program, config)
+    apply_rules(program, config.rules)
     return program
 
 

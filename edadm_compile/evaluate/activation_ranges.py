@@ -33,20 +33,29 @@ class LayerRange:
     lower: list[float] = field(default_factory=list)
     upper: list[float] = field(default_factory=list)
 
-    def add(self, pieces: list[Tensor]) -> None:
+    def add(self, pieces: list[Seen]) -> None:
         """Append one step, seen in one or more slices of the batch."""
-        limits = [torch.aminmax(p) for p in pieces]
-        self.low.append(float(min(v.min for v in limits)))
-        self.high.append(float(max(v.max for v in limits)))
-        kept = torch.cat([_thinned(p, _KEPT // len(pieces)) for p in pieces])
-        lower, upper = torch.quantile(kept, torch.tensor(QUANTILES)).tolist()
+        self.low.append(min(p.low for p in pieces))
+        self.high.append(max(p.high for p in pieces))
+        lower, upper = torch.quantile(torch.cat([p.kept for p in pieces]), torch.tensor(QUANTILES)).tolist()
         self.lower.append(lower)
         self.upper.append(upper)
 
 
-def _thinned(x: Tensor, keep: int) -> Tensor:
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of one activation: its extremes, and values spread evenly over it."""
+
+    low: float
+    high: float
+    kept: Tensor
+
+
+def seen(x: Tensor) -> Seen:
+    """A summary of an activation, so that it need not be held until the end of a call."""
     flat = x.detach().reshape(-1).float()
-    return flat[:: max(1, -(-flat.numel() // max(1, keep)))]
+    low, high = torch.aminmax(flat)
+    return Seen(float(low), float(high), flat[:: -(-flat.numel() // _KEPT)].clone())
 
 
 class RangeRecorder(fx.Interpreter):
@@ -68,13 +77,13 @@ class RangeRecorder(fx.Interpreter):
             if info is not None and info.act_bits < 32 and isinstance(node.args[0], fx.Node):
                 watched.setdefault(node.args[0], []).append(info.name)
         self._watched = watched
-        self._seen: dict[fx.Node, list[Tensor]] = {}
+        self._seen: dict[fx.Node, list[Seen]] = {}
         self.ranges: dict[str, LayerRange] = {name: LayerRange() for names in watched.values() for name in names}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self._watched and isinstance(result, Tensor):
-            self._seen.setdefault(n, []).append(result)
+            self._seen.setdefault(n, []).append(seen(result))
         return result
 
     def __call__(self, *inputs: Tensor) -> Tensor:

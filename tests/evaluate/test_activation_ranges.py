@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edadm_compile.evaluate.activation_ranges import LayerRange, RangeRecorder, quantizer_ranges
+from edadm_compile.evaluate.activation_ranges import LayerRange, RangeRecorder, quantizer_ranges, seen
 from edadm_compile.ir.program import layer_of
 from edadm_compile.passes.layer_roles import annotate
 from tests.graphs import inputs_for, small_config
@@ -11,8 +11,8 @@ from tests.graphs import inputs_for, small_config
 
 def test_a_range_has_extremes_and_quantiles_of_all_slices():
     found = LayerRange()
-    found.add([torch.arange(0.0, 51.0), torch.arange(50.0, 101.0)])
-    found.add([torch.tensor([2.0])])
+    found.add([seen(torch.arange(0.0, 51.0)), seen(torch.arange(50.0, 101.0))])
+    found.add([seen(torch.tensor([2.0]))])
     assert (found.low, found.high) == ([0.0, 2.0], [100.0, 2.0])
     assert found.lower[0] == pytest.approx(1.0, abs=0.1) and found.upper[0] == pytest.approx(99.0, abs=0.1)
 
@@ -21,7 +21,7 @@ def test_large_activations_are_thinned_out_for_quantiles_only():
     values = torch.linspace(-1, 1, 200_001)
     values[12345] = 50.0
     found = LayerRange()
-    found.add([values])
+    found.add([seen(values)])
     assert found.high == [50.0] and found.upper[0] == pytest.approx(0.98, abs=0.01)
 
 
