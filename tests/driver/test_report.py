@@ -63,7 +63,8 @@ def test_ranges_are_there_for_every_quantized_layer_and_step(facts, artifact):
 
 def test_the_stem_reads_the_noise_itself(facts, artifact, labelled_source):
     x, _ = _inputs(artifact, labelled_source)
-    stem = facts["ranges"]["layers"][0]
+    name = next(row["layer"] for row in facts["layers"] if row["role"] == "stem")
+    stem = next(row for row in facts["ranges"]["layers"] if row["layer"] == name)
     assert stem["low"][0] == pytest.approx(float(x.min()), rel=1e-3)
     assert stem["high"][0] == pytest.approx(float(x.max()), rel=1e-3)
 
@@ -112,10 +113,12 @@ def test_products_are_counted_from_shapes(artifact):
     from edadm_compile.driver.layer_times import multiply_accumulates
 
     found = multiply_accumulates(artifact.lowered)
-    shapes = {i.name: i.weight_shape for n in artifact.lowered.graph_module.graph.nodes if (i := n.meta.get("layer"))}
-    stem = next(iter(found))
-    out, inputs, *kernel = shapes[stem]
-    assert found[stem] == 8 * 8 * out * inputs * kernel[0] * kernel[1]  # the image keeps its 8 x 8 pixels
+    records = [i for n in artifact.lowered.graph_module.graph.nodes if (i := n.meta.get("layer"))]
+    assert set(found) == {i.name for i in records if i.weight_shape}
+    stem = next(i for i in records if i.role == "stem")
+    assert stem.weight_shape == (8, 3, 3, 3) and found[stem.name] == 8 * 8 * 8 * 3 * 3 * 3  # it keeps the 8 x 8 pixels
+    assert found["label_proj"] == 8 * 8  # once for each image, not for each pixel
+    assert found["up"] == (4 * 4) * 8 * 10 * 4 * 4  # transposed: input pixels times the weights that read each
 
 
 def test_the_verb_writes_page_and_data(path, tmp_path):
