@@ -1,5 +1,6 @@
 # make demo   set up, compile the digits example to W4A8, check it, draw digits.png
 # make test   set up, run the tests
+# make screenshots  compile the digits example, write the pictures of docs/images (needs Chromium)
 # make check  set up, run the linters, the type checker and the tests
 #
 # Variables: PYTHON (the interpreter that makes the environment), VENV (its folder), PYTEST_FLAGS.
@@ -14,7 +15,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.edadm-installed
 MODEL = examples/digits/model.pt
 
-.PHONY: help venv demo test lint check clean
+.PHONY: help venv demo test lint check screenshots clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -43,6 +44,10 @@ lint: venv
 	$(BIN)/python benchmarks/render.py --check
 
 check: lint test
+
+screenshots: venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[browser]'
+	$(BIN)/python benchmarks/docs/screenshots.py
 
 # Removes what the targets above made; VENV only when it is the default one.
 clean:

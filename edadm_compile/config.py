@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edadm_compile import notebook
 from edadm_compile.errors import ConfigError, did_you_mean
 from edadm_compile.methods import METHODS, RANGES, SELECTIONS, Method
 from edadm_compile.quant.spec import ACT_BITS, WEIGHT_BITS
@@ -54,6 +55,10 @@ class TdacConfig:
     min_per_step: int = 1
     trajectories: int = 32
 
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        return f"TdacConfig({', '.join(f'{name}={value!r}' for name, value in _changed(self).items())})"
+
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
@@ -80,6 +85,10 @@ class ReconstructionConfig:
     qdrop: float | None = None
     rounding_weight: float | None = None
     max_layers: int = 8
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        return f"ReconstructionConfig({', '.join(f'{name}={value!r}' for name, value in _changed(self).items())})"
 
 
 @dataclass(frozen=True)
@@ -210,9 +219,29 @@ class QuantConfig:
         }
         return dataclasses.replace(METHODS[self.method], **given)
 
+    def __repr__(self) -> str:
+        """What differs from the defaults, as an expression that makes the same settings; the two widths always."""
+        shown = {"weight_bits": self.weight_bits, "act_bits": self.act_bits, **_changed(self)}
+        return f"QuantConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the widths, the method, and what differs from the defaults."""
+        rows = {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "method": self.method, **_changed(self)}
+        for name in ("tdac", "reconstruction"):
+            if name in rows:
+                rows |= {f"{name}.{key}": value for key, value in _changed(rows.pop(name)).items()}
+        return notebook.table(f"Settings {self.name}", [(name, str(value)) for name, value in rows.items()])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able form; `from_dict` inverts it."""
         return dataclasses.asdict(self)
+
+
+def _changed(settings: Any) -> dict[str, Any]:
+    """Fields of a dataclass that have another value than by default."""
+    defaults = type(settings)()
+    names = [f.name for f in dataclasses.fields(settings)]
+    return {name: value for name in names if (value := getattr(settings, name)) != getattr(defaults, name)}
 
 
 #: Settings that take the place of a method's own.

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from edadm_compile import notebook
 from edadm_compile.calibration import sampler
 from edadm_compile.calibration.collect import collect
+from edadm_compile.calibration.given import CalibrationSamples
+from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.evaluate.compare import NoiseComparison, compare_noise
 from edadm_compile.frontend import Source
@@ -36,6 +39,7 @@ from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
 from edadm_compile.passes.trace import trace
 from edadm_compile.passes.upsample_phases import UpsamplePhases
+from edadm_compile.report.truth import program_rows
 
 #: Fresh trajectories for the closing quality figure.
 _QUALITY_TRAJECTORIES = 16
@@ -80,6 +84,8 @@ class CompileResult:
         quality: noise-prediction error of the lowered program against the float model on fresh noise.
         allocation: calibration samples per sampler step.
         float_bytes: size of the source's parameters in fp16.
+        source: where the model came from.
+        selection: why the samples were allocated so, see `edadm_compile.calibration.dataset.CalibrationSet.selection`.
         warnings: sentences about values that the result should not be trusted with unseen; each names a layer.
     """
 
@@ -92,11 +98,25 @@ class CompileResult:
     allocation: list[int]
     float_bytes: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         quality = "not measured" if self.quality is None else f"{self.quality.sqnr:.1f} dB"
         return f"CompileResult({self.config.name}, {self.config.method}, SQNR {quality}, {sum(self.seconds.values()):.0f} s)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what was asked, what runs, size, quality, time."""
+        quality = "not measured"
+        if self.quality is not None:
+            quality = f"{self.quality.sqnr:.1f} dB over all steps, worst step {self.quality.worst:.1f} dB"
+        rows = [
+            ("asked", f"{self.config.name}, method {self.config.method}"),
+            *program_rows(self.lowered, self.config.name),
+            ("noise SQNR against float", quality),
+            ("time", f"{sum(self.seconds.values()):.0f} s"),
+        ]
+        return notebook.table("Compilation", rows)
 
 
 def capture(source: Source) -> Program:
@@ -113,6 +133,8 @@ def compile_source(
     *,
     quality: bool = True,
     dump: Callable[[str, Program], None] | None = None,
+    calibration: CalibrationSamples | None = None,
+    block_finished: Callable[[BlockFinished], None] = lambda event: None,
 ) -> CompileResult:
     """Compile a loaded source with a configuration.
 
@@ -120,11 +142,13 @@ def compile_source(
         progress: receives stages and steps; silent by default.
         quality: measure the result against the float model on fresh noise at the end.
         dump: called with each pass's name and program.
+        calibration: samples of the user's own, in place of those that are collected.
+        block_finished: told each reconstructed block.
 
     Raises:
         EdadmError: see `edadm_compile.errors`.
     """
-    ctx = Context(config, progress=progress or Silent())
+    ctx = Context(config, progress=progress or Silent(), block_finished=block_finished)
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     torch.manual_seed(config.seed)  # nothing draws from the global generator, schedulers of other people might
@@ -138,7 +162,9 @@ def compile_source(
     check_reachable(program, config)
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
-    ctx.calibration = collect(program, config, ctx.generator(1), pool=source.conditions, advance=ctx.progress.advance)
+    ctx.calibration = collect(
+        program, config, ctx.generator(1), pool=source.conditions, given=calibration, advance=ctx.progress.advance
+    )
     _warn_of_steps(ctx)
     clock.mark("calibration")
     result = program
@@ -153,7 +179,7 @@ def compile_source(
     counts = ctx.calibration.allocation.counts.tolist()
     return CompileResult(
         qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance(),
-        ctx.all_warnings(),
+        ctx.calibration.selection(), ctx.all_warnings(),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from edadm_compile.calibration import diagnosis, guidance, sampler, tdac
 from edadm_compile.calibration.dataset import CalibrationSet, Trajectories
+from edadm_compile.calibration.given import CalibrationSamples, given_set
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import shape_of, x_dependent
@@ -91,6 +92,7 @@ def collect(
     generator: torch.Generator,
     *,
     pool: dict[str, Tensor] | None = None,
+    given: CalibrationSamples | None = None,
     advance: Callable[[int, str], None] = lambda steps, message: None,
 ) -> CalibrationSet:
     """Choose and collect calibration samples for a float program.
@@ -100,12 +102,18 @@ def collect(
 
     Args:
         pool: the user's condition tensors by name.
+        given: the user's own samples, taken instead; the scoring batch is still run, for the passes that measure on it.
         advance: progress callback (model evaluations done, remark).
 
     Raises:
         CalibrationError: the model's prediction is not finite.
+        InputError: given samples that the model cannot be called with.
     """
+    if given is not None:
+        given.inputs(program.signature)  # refused before the work
     trajectories, features = _score_batch(program, config, generator, pool, advance)
+    if given is not None:
+        return given_set(program, given, trajectories)
     steps = len(features)
     allocation = tdac.choose(config.recipe.selection, features, trajectories.t, config.calib_samples, config.tdac)
     assigned = torch.repeat_interleave(torch.arange(steps), allocation.counts)

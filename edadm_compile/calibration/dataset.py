@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class CalibrationSet:
         step: int64 [N], the sampler step of each sample.
         allocation: samples per step and the scores behind it.
         trajectories: inputs and predictions of the scoring batch at every step, for the mean correction.
+        given: SHA-256 of the samples where they are the user's own, else empty.
     """
 
     x: Tensor
@@ -30,11 +32,32 @@ class CalibrationSet:
     step: Tensor
     allocation: Allocation
     trajectories: Trajectories
+    given: str = ""
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """All model inputs, x first."""
         return (self.x, self.t, *self.conditions)
+
+    def selection(self) -> dict[str, Any]:
+        """Timestep, density and diversity of each sampler step, noisiest first, and the density radius.
+
+        The scores are null where the method does not use them; ``given`` is there for a user's own samples. Six digits: these are for curves, and text in the file.
+        """
+        scores = (self.allocation.density, self.allocation.diversity)
+        scored = any(bool(s.any()) for s in scores)
+        density, diversity = ([_rounded(v) for v in s.tolist()] if scored else None for s in scores)
+        return {
+            "timesteps": [float(t) for t in self.trajectories.t],
+            "density": density,
+            "diversity": diversity,
+            "radius": _rounded(self.allocation.radius) if scored else None,
+            **({"given": self.given} if self.given else {}),
+        }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 @dataclass(frozen=True)

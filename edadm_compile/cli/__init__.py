@@ -18,6 +18,7 @@ from edadm_compile.cli.evaluate import evaluate
 from edadm_compile.cli.export import export
 from edadm_compile.cli.failures import calm_warning, usage_as_sentence
 from edadm_compile.cli.inspect import inspect
+from edadm_compile.cli.report import report
 from edadm_compile.cli.sample import sample
 from edadm_compile.cli.target import target
 from edadm_compile.cli.tune import tune
@@ -85,5 +86,5 @@ def main() -> None:
     warnings.showwarning = calm_warning
 
 
-for _verb in (compile, inspect, target, export, sample, verify, evaluate, bench, tune, doctor, completion):
+for _verb in (compile, inspect, target, export, sample, verify, evaluate, report, bench, tune, doctor, completion):
     main.add_command(_verb)

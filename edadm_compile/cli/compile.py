@@ -87,6 +87,7 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @device_options
 @source_options
 @sampler_options
+@click.option("--report", type=FILE, metavar="FILE.html", help="Also write a page about the result.")
 @click.option("--dump-graphs", type=FILE, metavar="DIR", help="Write the graph after each pass.")
 @output_options("No progress, no summary.")
 @guarded
@@ -102,6 +103,7 @@ def compile(
     targets: str | None,
     batch: str | None,
     store: str | None,
+    report: Path | None,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -110,7 +112,7 @@ def compile(
     """
     from edadm_compile.driver import compile as driver
     from edadm_compile.report import progress as bars
-    from edadm_compile.report import tables
+    from edadm_compile.report import report_lines, tables
 
     request = driver.Request(
         model=model,
@@ -122,6 +124,7 @@ def compile(
         targets=targets,
         batch=batch,
         store=store,
+        report=report,
     )
     with bars.reporter(quiet, verbose) as progress:
         summary = driver.run(request, progress)
@@ -129,3 +132,5 @@ def compile(
         print_json(summary)
     elif not quiet:
         tables.print_summary(summary)
+        if report is not None:
+            report_lines.print_report(summary["report"])

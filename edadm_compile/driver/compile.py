@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 import edadm_compile
+from edadm_compile.calibration.given import CalibrationSamples
+from edadm_compile.callbacks import Dispatcher, Receiver
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
+from edadm_compile.driver import report as reports
 from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, fitted, options_of
 from edadm_compile.driver.options import guidance_options, load_options
 from edadm_compile.driver.outputs import check_writable
@@ -25,7 +28,7 @@ from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.kernels.request import triton_folder, triton_version
 from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.methods import LOSSES
-from edadm_compile.passes.base import Progress, Silent
+from edadm_compile.passes.base import Progress
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.report.versions import versions
@@ -44,6 +47,7 @@ class Request:
         dump: folder for the graph after each pass.
         options: command-line options by name, None where not given.
         targets, batch, store: options of the GPU code to make, None where not given.
+        report: HTML page to write, or None.
     """
 
     model: Path
@@ -55,6 +59,7 @@ class Request:
     targets: str | None = None
     batch: str | None = None
     store: str | None = None
+    report: Path | None = None
 
 
 def run(request: Request, progress: Progress) -> dict[str, Any]:
@@ -66,6 +71,8 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     if request.device != "cpu":
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
     check_writable(request.output)
+    if request.report is not None:
+        reports.check(request.report)
     config = make_config(request.options, request.config_file)
     # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
     targets = "none" if config.deploy and request.targets is None else request.targets
@@ -83,7 +90,10 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     bundle = build(result.lowered, device_code, progress)
     result.seconds["kernels"] = time.perf_counter() - start
     size = write(to_artifact(result, bundle), request.output)
-    return {**summary(result, source, request.output, size), "device": describe(bundle)}
+    found = {**summary(result, source, request.output, size), "device": describe(bundle)}
+    if request.report is not None:
+        found["report"] = reports.after_compile(request.output, source, result.seconds, request.report, progress)
+    return found
 
 
 def compile_model(
@@ -94,7 +104,9 @@ def compile_model(
     sampler: SamplerSpec | None = None,
     targets: str | None = "none",
     batches: Sequence[int] = DEFAULT_BATCHES,
-    progress: Progress | None = None,
+    calibration: CalibrationSamples | None = None,
+    callbacks: Receiver | Sequence[Receiver] | None = None,
+    report: str | Path | None = None,
     **options: Any,
 ) -> CompileResult:
     """Compile a file, a folder, a module or a loaded source.
@@ -105,7 +117,11 @@ def compile_model(
         sampler: needed for a bare module.
         targets: architectures to put GPU code for into `output`, as ``--targets``; None for the default ones.
         batches: batch sizes of that code.
-        progress: receives stages and steps.
+        calibration: samples of your own, in place of those that are collected along the sampler's trajectories
+            (``calib_samples`` and ``selection`` then decide nothing).
+        callbacks: functions of an event, or objects with the methods of `edadm_compile.Callbacks`. What one raises
+            ends the compilation, and nothing is written.
+        report: HTML page to write about `output` (see docs/report.md).
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
             `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
 
@@ -125,10 +141,17 @@ def compile_model(
     config = config or QuantConfig()
     device_code = DeviceOptions(parse_targets(targets), tuple(batches)) if output is not None else DeviceOptions(())
     _check_device_code(config, device_code)
-    result = compile_source(source, config, progress)
+    if report is not None:
+        if output is None:
+            raise InputError("compile_model: report is about a file; give output= as well")
+        reports.check(Path(report))
+    told = Dispatcher(callbacks)
+    result = compile_source(source, config, told, calibration=calibration, block_finished=told.block)
     if output is not None:
         device_code = fitted(device_code, None, _beyond(result))
-        write(to_artifact(result, build(result.lowered, device_code, progress or Silent())), Path(output))
+        write(to_artifact(result, build(result.lowered, device_code, told)), Path(output))
+        if report is not None:
+            reports.after_compile(Path(output), source, result.seconds, Path(report), told)
     return result
 
 
@@ -170,6 +193,8 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         "source": result.source,
         "quality": quality,
         "allocation": result.allocation,
+        "selection": result.selection,
+        "sensitivity": _sensitivity(result.stats["assign_widths"].get("sensitivity")),
         "units": result.stats.get("reconstruct", {}).get("units", []),
         "average_bits": result.stats["assign_widths"]["average_bits"],
         **({"beyond_float16": beyond} if (beyond := _beyond(result)) is not None else {}),
@@ -182,6 +207,12 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         },
     }
     return Artifact(result.qdq, result.lowered, manifest, device)
+
+
+def _sensitivity(found: dict[str, float | None] | None) -> dict[str, float] | None:
+    """Measured noise-to-signal ratios by layer, with six digits; None where none were measured."""
+    known = {name: float(f"{ratio:.6g}") for name, ratio in (found or {}).items() if ratio is not None}
+    return known or None
 
 
 def summary(result: CompileResult, source: Source, output: Path, size: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.calibration import sampler
+from edadm_compile.callbacks import Dispatcher, Receiver
 from edadm_compile.driver import evaluate_measures, evaluate_sets
 from edadm_compile.driver.evaluate_sets import Judges, find_judges
 from edadm_compile.driver.image_data import open_data
@@ -133,7 +134,7 @@ def evaluate_model(
     features: str | Path | None = None,
     fail_below: str | None = None,
     fail_above: str | None = None,
-    progress: Progress | None = None,
+    callbacks: Receiver | Sequence[Receiver] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure the quality of a ``.qmod`` file against its float model; arguments as in `Options`, result as of `run`.
@@ -141,6 +142,7 @@ def evaluate_model(
     A missed limit is listed in ``failed`` of the result; `check` raises for it.
 
     Args:
+        callbacks: as of `edadm_compile.compile_model`.
         options: how to load the float model: `_SOURCE_OPTIONS`, as on the command line (``shape="3,32,32"``).
 
     Raises:
@@ -150,7 +152,7 @@ def evaluate_model(
     if unknown:
         raise InputError(f"evaluate_model: unknown option {unknown[0]!r}; allowed are {', '.join(_SOURCE_OPTIONS)}")
     wanted = Options(count, batch, seed, engine, _path(data), _path(features), fail_below, fail_above)
-    return run(Path(artifact), Path(reference), wanted, progress, **options)
+    return run(Path(artifact), Path(reference), wanted, Dispatcher(callbacks), **options)
 
 
 def check(result: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import DialectError
 from edadm_compile.ir.dialects import verify
@@ -57,6 +58,7 @@ class Context:
         progress: where to report.
         stats: results of finished passes by name.
         warnings: what the user must know about the result, in the order found; see `warn`.
+        block_finished: told each reconstructed block.
     """
 
     config: QuantConfig
@@ -64,6 +66,7 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    block_finished: Callable[[BlockFinished], None] = lambda event: None
 
     def warn(self, text: str) -> None:
         """Keep a sentence for the summary, and report it at once; the same sentence only once."""

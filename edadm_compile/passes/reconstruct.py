@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import layer_weight
@@ -68,8 +69,10 @@ def _train_units(
         trainer = UnitTrainer(program, unit, streams, ctx.config, phase, generator)
         label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
         told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
-        reports.append(told | trainer.run(ctx, label))
-        ctx.progress.advance(0, f"{label} loss {reports[-1]['before']:.3e} → {reports[-1]['after']:.3e}")
+        losses = trainer.run(ctx, label)
+        reports.append(told | losses)
+        ctx.progress.advance(0, f"{label} loss {losses['before']:.3e} → {losses['after']:.3e}")
+        ctx.block_finished(BlockFinished(unit.name, len(reports), len(units), len(unit.layers), phase, **losses))
 
     streams.advance(train)
     return reports
@@ -118,7 +121,7 @@ class UnitTrainer:
         assert isinstance(module, WeightFakeQuant)
         return module
 
-    def run(self, ctx: Context, label: str) -> dict[str, Any]:
+    def run(self, ctx: Context, label: str) -> dict[str, float]:
         """Train, fix the roundings, and return losses before and after."""
         config = self.config
         before = self._finite(self._mean_loss())

@@ -114,6 +114,20 @@ def _launch_row(plan: LaunchPlan, launch: Launch, cubin: Cubin | None, index: in
     }
 
 
+def program_rows(program: Program, requested: str) -> list[tuple[str, str]]:
+    """What a lowered program runs and stores, as names and values for a small table."""
+    rows = truth_table(program, requested)
+    widths: dict[str, int] = {}
+    for row in rows:
+        widths[row["executed"]] = widths.get(row["executed"], 0) + 1
+    found = totals(rows)
+    ratio = "" if found["ratio_to_fp16"] is None else f", {100 * found['ratio_to_fp16']:.1f} % of fp16"
+    return [
+        ("layers", ", ".join(f"{count} {width}" for width, count in sorted(widths.items()))),
+        ("weights of quantized layers", f"{found['bytes'] / 1e6:.3f} MB{ratio}"),
+    ]
+
+
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over the rows that execute in integers."""
     quantized = [r for r in rows if r["executed"] not in ("float", "table") and r["fp16_bytes"]]
