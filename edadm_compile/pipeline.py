@@ -17,6 +17,7 @@ from edadm_compile.frontend import Source
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import reference as _reference  # registers the operators' meaning  # noqa: F401
+from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.assign_widths import AssignWidths
 from edadm_compile.passes.base import Context, Pass, Progress, Silent, run_passes
 from edadm_compile.passes.calibrate import Calibrate
@@ -109,6 +110,7 @@ def compile_source(
     *,
     quality: bool = True,
     dump: Callable[[str, Program], None] | None = None,
+    world: World | None = None,
 ) -> CompileResult:
     """Compile a loaded source with a configuration.
 
@@ -116,11 +118,12 @@ def compile_source(
         progress: receives stages and steps; silent by default.
         quality: measure the result against the float model on fresh noise at the end.
         dump: called with each pass's name and program.
+        world: the processes that compile together (`edadm_compile.parallel.launch`); all get the result.
 
     Raises:
         EdadmError: see `edadm_compile.errors`.
     """
-    ctx = Context(config, progress=progress or Silent())
+    ctx = Context(config, progress=progress or Silent(), world=world or World())
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     torch.manual_seed(config.seed)  # nothing draws from the global generator, schedulers of other people might
@@ -130,7 +133,9 @@ def compile_source(
     check_reachable(program, config)  # before the expensive part: what is out of reach here stays so
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
-    ctx.calibration = collect(program, config, ctx.generator(1), pool=source.conditions, advance=ctx.progress.advance)
+    ctx.calibration = collect(
+        program, config, ctx.generator(1), pool=source.conditions, advance=ctx.progress.advance, world=ctx.world
+    )
     clock.mark("calibration")
     result = program
     for item in quant_passes():
@@ -164,7 +169,7 @@ def _quality(program: Program, lowered: Program, source: Source, ctx: Context) -
         ctx.progress.advance(1)
         return lowered(*inputs)
 
-    return compare_noise(program, counted, program.sampler, x, conditions)
+    return compare_noise(divided(program, ctx.world), divided(counted, ctx.world), program.sampler, x, conditions)
 
 
 class _Clock:

@@ -112,6 +112,7 @@ def compile(
     MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
     """
     from edadm_compile.driver import compile as driver
+    from edadm_compile.parallel.launch import processes
     from edadm_compile.report import progress as bars
     from edadm_compile.report import tables
 
@@ -126,8 +127,10 @@ def compile(
         batch=batch,
         store=store,
     )
-    with bars.reporter(quiet or as_json) as progress:
-        summary = driver.run(request, progress)
+    with processes() as world, bars.reporter(quiet or as_json or not world.leads) as progress:
+        summary = driver.run(request, progress, world)
+    if not world.leads:
+        return
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     elif not quiet:

@@ -39,14 +39,16 @@ def evaluate(artifact: Path, reference: Path, quiet: bool, as_json: bool, **opti
     Exits with 7 when a limit of --fail-below or --fail-above is missed.
     """
     from edadm_compile.driver import evaluate as driver
+    from edadm_compile.parallel.launch import processes
     from edadm_compile.report import evaluate_tables as tables
     from edadm_compile.report import progress as bars
 
     wanted = driver.Options(**{name: options.pop(name) for name in driver.Options.__dataclass_fields__})
-    with bars.reporter(quiet or as_json) as progress:
-        result = driver.run(artifact, reference, wanted, progress, **options)
-    if as_json:
-        click.echo(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        tables.print_evaluation(result)
-    driver.check(result)
+    with processes() as world:
+        with bars.reporter(quiet or as_json or not world.leads) as progress:
+            result = driver.run(artifact, reference, wanted, progress, world, **options)
+        if as_json and world.leads:
+            click.echo(json.dumps(result, indent=2, allow_nan=False))
+        elif world.leads:
+            tables.print_evaluation(result)
+        driver.check(result)

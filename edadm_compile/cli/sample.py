@@ -29,8 +29,12 @@ from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, 
 def sample(artifact: Path, as_json: bool, **options: Any) -> None:
     """Generate images with ARTIFACT, beside the float model's when one is given."""
     from edadm_compile.driver import sample as driver
+    from edadm_compile.parallel.launch import processes
 
-    result = driver.run(artifact, as_json=as_json, **options)
+    with processes() as world:
+        result = driver.run(artifact, as_json=as_json, world=world, **options)
+    if not world.leads:
+        return
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:

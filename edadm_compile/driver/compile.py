@@ -25,6 +25,7 @@ from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.kernels.request import triton_folder, triton_version
 from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.methods import LOSSES
+from edadm_compile.parallel.world import World
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
@@ -56,15 +57,20 @@ class Request:
     store: str | None = None
 
 
-def run(request: Request, progress: Progress) -> dict[str, Any]:
+def run(request: Request, progress: Progress, world: World | None = None) -> dict[str, Any]:
     """Compile and write; returns the summary.
+
+    Args:
+        world: the processes that compile together; the first one writes, the others return an empty summary.
 
     Raises:
         EdadmError: bad input, or a failed compilation. An existing output file stays as it was.
     """
     if request.device != "cpu":
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
-    _check_writable(request.output)
+    world = world or World()
+    if world.leads:  # the others may be on machines where the folder does not exist
+        _check_writable(request.output)
     config = make_config(request.options, request.config_file)
     # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
     targets = "none" if config.deploy and request.targets is None else request.targets
@@ -75,7 +81,10 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     source = load_source(
         request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
     )
-    result = compile_source(source, config, progress, dump=_dumper(request.dump))
+    dump = _dumper(request.dump) if world.leads else None
+    result = compile_source(source, config, progress, dump=dump, world=world)
+    if not world.leads:
+        return {}
     start = time.perf_counter()
     bundle = build(result.lowered, device_code, progress)
     result.seconds["kernels"] = time.perf_counter() - start
@@ -92,6 +101,7 @@ def compile_model(
     targets: str | None = "none",
     batches: Sequence[int] = DEFAULT_BATCHES,
     progress: Progress | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> CompileResult:
     """Compile a file, a folder, a module or a loaded source.
@@ -103,6 +113,7 @@ def compile_model(
         targets: architectures to put GPU code for into `output`, as ``--targets``; None for the default ones.
         batches: batch sizes of that code.
         progress: receives stages and steps.
+        world: the processes that compile together, from `edadm_compile.parallel.launch.processes`; the first one writes.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
             `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
 
@@ -122,8 +133,8 @@ def compile_model(
     config = config or QuantConfig()
     device_code = DeviceOptions(parse_targets(targets), tuple(batches)) if output is not None else DeviceOptions(())
     _check_device_code(config, device_code)
-    result = compile_source(source, config, progress)
-    if output is not None:
+    result = compile_source(source, config, progress, world=world)
+    if output is not None and (world is None or world.leads):
         write(to_artifact(result, build(result.lowered, device_code, progress or Silent())), Path(output))
     return result
 

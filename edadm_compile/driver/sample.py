@@ -19,6 +19,7 @@ from edadm_compile.errors import InputError
 from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.frontend import guided_sampler, load_source, read_conditions
 from edadm_compile.ir.program import SamplerSpec, Signature
+from edadm_compile.parallel.world import World, divided
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.artifact import write_atomically
 from edadm_compile.runtime.session import CompiledModel, load
@@ -35,12 +36,14 @@ def run(
     seed: int,
     as_json: bool = False,
     engine: str | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Sample `count` images and write a grid.
 
     Args:
         engine: as in `edadm_compile.load`.
+        world: processes that share the images; the first one writes.
 
     Returns:
         output path, count, and the PSNR against the reference where one is given.
@@ -48,16 +51,17 @@ def run(
     Raises:
         EdadmError: unreadable files, or a reference that does not match.
     """
+    world = world or World()
     model = load(artifact, engine=engine)
     spec = chosen_sampler(model, options)
     noise, conditions = inputs(model, spec, count, seed, label, options.get("conditions"))
-    images = generate(spec, model.predict, noise, conditions, seed)
+    images = generate(spec, divided(model.predict, world), noise, conditions, seed)
     result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name,
                               "scheduler": spec.scheduler["_class_name"], "guidance": spec.guidance}  # fmt: skip
     rows = [images]
     if reference is not None:
         source = load_source(reference, load_options(options, spec))
-        originals = generate(spec, source.denoiser(), noise, conditions, seed)
+        originals = generate(spec, divided(source.denoiser(), world), noise, conditions, seed)
         values = psnr(originals, images)
         result["psnr_db"] = {
             "median": float(values.median()),
@@ -69,7 +73,8 @@ def run(
         result["note"] = (
             "the file was calibrated without guidance: its quantizers have not seen the unconditional branch"
         )
-    write_grid(rows, output, columns_for(model.signature, spec, count))
+    if world.leads:
+        write_grid(rows, output, columns_for(model.signature, spec, count))
     return result
 
 

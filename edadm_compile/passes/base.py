@@ -13,6 +13,7 @@ from edadm_compile.config import QuantConfig
 from edadm_compile.errors import DialectError
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program
+from edadm_compile.parallel.world import World
 
 
 class Progress(Protocol):
@@ -44,12 +45,14 @@ class Context:
         calibration: the calibration set, once collected (see `edadm_compile.calibration.dataset`).
         progress: where to report.
         stats: results of finished passes by name.
+        world: the processes that work on this together.
     """
 
     config: QuantConfig
     calibration: Any = None
     progress: Progress = field(default_factory=Silent)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    world: World = field(default_factory=World)
 
     def generator(self, salt: int) -> torch.Generator:
         """A random generator of its own for one purpose, so that adding a pass does not shift another's draws."""

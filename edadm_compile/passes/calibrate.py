@@ -63,6 +63,10 @@ class Calibrate:
             weight = get_constant(program.graph_module, str(node.args[0].target))  # type: ignore[union-attr]
             _check_finite(weight, str(node.args[0].target))  # type: ignore[union-attr]
             weight_quantizer.set_scale(_weight_scale(weight, weight_quantizer.spec, ctx.config.recipe.ranges))
+        # Every process has searched the same; that they also found the same does not hang on equal hardware.
+        everywhere = [q for _, q in activation_quantizers(program)]
+        ctx.world.agree([v for q in everywhere for v in (q.log_scale, q.zero_point)])
+        ctx.world.agree([q.scale for _, q in weight_quantizers(program)])
         ranges = {node.name: [o.low, o.high] for node, o in observers.items()}
         return PassResult(program, True, {"ranges": ranges})
 

@@ -1,0 +1,56 @@
+"""What reconstruction does when several processes each hold some of the samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edadm_compile.errors import ParallelError
+from edadm_compile.ir.program import Program
+from edadm_compile.parallel.world import LocalRows
+from edadm_compile.passes.base import Context
+from edadm_compile.quant.fake_quant import MaskPool
+
+
+def held_rows(program: Program, ctx: Context) -> list[Tensor]:
+    """Rows of the calibration set that this process holds.
+
+    Raises:
+        ParallelError: a graph that takes one batch size alone, or fewer samples than processes.
+    """
+    inputs, world = ctx.calibration.inputs, ctx.world
+    total, signature = inputs[0].shape[0], program.signature
+    if world.size > 1 and signature.min_batch == signature.max_batch:
+        raise ParallelError(
+            f"the model was captured for batches of {signature.max_batch} only, whose rows cannot be divided over "
+            f"{world.size} processes; run it in one, or capture it with a batch dimension that is free"
+        )
+    if total < world.size:
+        raise ParallelError(
+            f"{total} calibration samples for {world.size} processes: each needs one or more; raise --calib-samples or "
+            "start fewer"
+        )
+    return world.share(total).of(inputs)
+
+
+class DividedMasks(MaskPool):
+    """QDrop masks of a batch of which this process computes some rows: drawn for the whole batch, and cut.
+
+    Every process draws the same masks as one process alone would. A value without one row per sample (or without a
+    multiple, such as heads times samples) gets a mask of its own shape.
+    """
+
+    _part: LocalRows | None = None
+
+    def select(self, part: LocalRows) -> None:
+        """Rows of the masks to come."""
+        self._part = part if part.places.numel() < part.batch else None
+
+    def take(self, shape: torch.Size) -> Tensor:
+        """A boolean mask of `shape`."""
+        part = self._part
+        if part is None or not shape or shape[0] % part.places.numel():
+            return super().take(shape)
+        each = shape[0] // part.places.numel()
+        whole = super().take(torch.Size((part.batch * each, *shape[1:])))
+        return whole.unflatten(0, (part.batch, each))[part.places].reshape(shape)

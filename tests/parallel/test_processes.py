@@ -1,0 +1,81 @@
+"""Two processes under torchrun, on this machine: one result, one message."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from edadm_compile.runtime.session import load
+from tests.graphs import DDIM, TinyUNet
+from tests.parallel.worker import CASES, constants, difference
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*command, timeout=300):
+    """Run a module in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launch, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("parallel") / "out.json"
+    done = torchrun("tests.parallel.worker", out)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_arrive_at_what_one_arrives_at(compared, case):
+    found = compared[case]
+    apart, integers = found["constants"]
+    assert apart < 1e-4 and integers == 0
+    assert found["losses"] < 1e-4
+    assert found["same_everywhere"] and found["allocation"]
+    assert abs(found["sqnr"][0] - found["sqnr"][1]) < 0.01
+
+
+@pytest.fixture
+def options(tmp_path):
+    """A model file, and how the command line reads it."""
+    torch.save(TinyUNet().state_dict(), tmp_path / "tiny.pt")
+    (tmp_path / "scheduler.json").write_text(json.dumps(DDIM))
+    return [
+        tmp_path / "tiny.pt", "--w4a8", "--factory", "tests.graphs:TinyUNet", "--shape", "3,8,8", "--steps", "4",
+        "--iters", "3", "--calib-samples", "9", "--targets", "none", "--scheduler", tmp_path / "scheduler.json",
+    ]  # fmt: skip
+
+
+def test_the_command_line_writes_one_file_and_one_summary(options, tmp_path):
+    done = torchrun("edadm_compile", *options, "-o", tmp_path / "two.qmod", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "two.qmod")
+    alone = [sys.executable, "-m", "edadm_compile", *map(str, options), "-o", str(tmp_path / "one.qmod"), "--quiet"]
+    subprocess.run(alone, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    one, two = (load(tmp_path / f"{name}.qmod", engine="reference").artifact.qdq for name in ("one", "two"))
+    apart, integers = difference(constants(one), constants(two))
+    assert apart < 1e-4 and integers == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "word"),
+    [
+        (("edadm_compile", "missing.pt", "--w4a8"), 2, "missing.pt does not exist"),  # both have this error
+        (("tests.parallel.lonely", "fails"), 5, "only the second process"),
+        (("tests.parallel.lonely", "killed"), 10, "another process of this run ended"),
+    ],
+    ids=("of both", "of one", "of none"),
+)
+def test_an_error_is_said_once_and_ends_every_process(command, code, word):
+    done = torchrun(*command, timeout=120)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and word in said[0], done.stderr
+    assert done.returncode != 0 and f"exitcode: {code}" in done.stderr.replace("exitcode  :", "exitcode:")
