@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def load_images(path: Path) -> Images:
 def _decoded(data: Any, offsets: Any) -> Any:
     """Pixels uint8 [N, 32, 32, 3] of pictures stored one after the other."""
     pixels = numpy.empty((len(offsets) - 1, _SIDE, _SIDE, 3), numpy.uint8)
-    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         with Image.open(io.BytesIO(data[start:end].tobytes()), formats=("JPEG", "PNG")) as image:
             if image.size != (_SIDE, _SIDE):
                 raise SystemExit(f"--data: picture {i} has {image.size[0]}x{image.size[1]} pixels, expected 32x32")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,19 +19,45 @@ ROOT = Path(__file__).parents[2]
 
 
 def torchrun(*command, timeout=300):
-    """Run a module in two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    """Run a module in two processes as a user does."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *map(str, command)]
+    return _finished([_started(launch)], timeout)[0]
+
+
+def pair(*command, timeout=300):
+    """The same without torchrun, which would end the second process itself when the first one fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    launch = ["-m", *map(str, command)]
+    return _finished([_started(launch, **meeting, RANK=str(rank)) for rank in range(2)], timeout)
+
+
+def _started(arguments, **variables):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def _finished(processes, timeout):
+    """Results of processes; none of them, nor what they started, is left behind."""
+    try:
+        told = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes:
+            if p.poll() is None:
+                os.killpg(p.pid, signal.SIGTERM)
+    return [subprocess.CompletedProcess(p.args, p.returncode, *t) for p, t in zip(processes, told, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     out = tmp_path_factory.mktemp("parallel") / "out.json"
-    done = torchrun("tests.parallel.worker", out)
-    assert done.returncode == 0, done.stderr
+    for done in pair("tests.parallel.worker", out):
+        assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 
 
@@ -66,16 +94,16 @@ def test_the_command_line_writes_one_file_and_one_summary(options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "word"),
+    ("command", "codes", "word"),
     [
-        (("edadm_compile", "missing.pt", "--w4a8"), 2, "missing.pt does not exist"),  # both have this error
-        (("tests.parallel.lonely", "fails"), 5, "only the second process"),
-        (("tests.parallel.lonely", "killed"), 10, "another process of this run ended"),
+        (("edadm_compile", "missing.pt", "--w4a8"), (2, 2), "missing.pt does not exist"),  # both have this error
+        (("tests.parallel.lonely", "fails"), (10, 5), "only the second process"),
+        (("tests.parallel.lonely", "killed"), (10, -signal.SIGKILL), "another process of this run ended"),
     ],
     ids=("of both", "of one", "of none"),
 )
-def test_an_error_is_said_once_and_ends_every_process(command, code, word):
-    done = torchrun(*command, timeout=120)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(said) == 1 and word in said[0], done.stderr
-    assert done.returncode != 0 and f"exitcode: {code}" in done.stderr.replace("exitcode  :", "exitcode:")
+def test_an_error_is_said_once_and_ends_every_process(command, codes, word):
+    done = pair(*command, timeout=120)
+    said = [line for process in done for line in process.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and word in said[0], [process.stderr for process in done]
+    assert tuple(process.returncode for process in done) == codes
