@@ -88,4 +88,4 @@ class ExportError(EdadmError):
 class ParallelError(EdadmError):
     """The processes of a run under ``torchrun`` cannot go on together."""
 
-    exit_code = 10
+    exit_code = 11

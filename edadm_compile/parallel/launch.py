@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from edadm_compile.errors import EdadmError, ParallelError
 from edadm_compile.parallel.world import Share, World
@@ -25,11 +26,11 @@ class Distributed(World):
     """The processes of a ``torch.distributed`` group.
 
     Args:
-        store: shared by the processes and alive while any of them runs.
+        store: a `torch.distributed.Store`, shared by the processes and alive while any of them runs.
         device: where the group's tensors must be; others are copied there and back.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size = rank, size
         self._store, self._device = store, device
 
@@ -63,7 +64,7 @@ class Distributed(World):
     def first_to_fail(self) -> bool:
         """Whether no other process has said yet that it failed; asked once by each that does."""
         try:
-            return self._store.add("edadm_compile/failed", 1) == 1
+            return bool(self._store.add("edadm_compile/failed", 1) == 1)
         except (RuntimeError, OSError):  # the store went down with the process that holds it, which has spoken
             return False
 
@@ -112,7 +113,7 @@ def processes(device: str = "cpu") -> Iterator[World]:
 
 def _connect(device: str) -> Distributed:
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
         place = torch.device("cpu")
         if device == "cuda":
             place = torch.device("cuda", dist.get_node_local_rank(0))

@@ -16,7 +16,7 @@ from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.parallel.world import Share, World
 from edadm_compile.passes.base import Context, PassResult
-from edadm_compile.passes.row_shares import DividedMasks, held_rows
+from edadm_compile.passes.row_shares import DividedMasks, held_rows, share_of
 from edadm_compile.passes.streams import Streams, switched_off
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 
@@ -61,12 +61,10 @@ def _train_units(
 ) -> list[dict[str, Any]]:
     """One pass over the network; returns a report for each unit."""
     reports: list[dict[str, Any]] = []
-    # One process may have filled its set up to whole batches.
-    share = ctx.world.share(streams.total if ctx.world.size == 1 else ctx.calibration.x.shape[0])
 
     def train(unit: Unit) -> None:
         generator = ctx.generator(100 + done + len(reports))
-        trainer = UnitTrainer(program, unit, streams, ctx.config, phase, generator, share)
+        trainer = UnitTrainer(program, unit, streams, ctx.config, phase, generator, share_of(streams.total, ctx))
         label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
         told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
         reports.append(told | trainer.run(ctx, label))

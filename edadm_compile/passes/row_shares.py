@@ -7,7 +7,7 @@ from torch import Tensor
 
 from edadm_compile.errors import ParallelError
 from edadm_compile.ir.program import Program
-from edadm_compile.parallel.world import LocalRows
+from edadm_compile.parallel.world import LocalRows, Share
 from edadm_compile.passes.base import Context
 from edadm_compile.quant.fake_quant import MaskPool
 
@@ -33,6 +33,15 @@ def held_rows(program: Program, ctx: Context) -> list[Tensor]:
     return world.share(total).of(inputs)
 
 
+def share_of(samples: int, ctx: Context) -> Share:
+    """The share that reconstruction works with.
+
+    Args:
+        samples: rows that the streams of this process hold; one process alone may have filled its set up to whole batches.
+    """
+    return ctx.world.share(samples if ctx.world.size == 1 else ctx.calibration.x.shape[0])
+
+
 class DividedMasks(MaskPool):
     """QDrop masks of a batch of which this process computes some rows: drawn for the whole batch, and cut.
 
@@ -53,4 +62,4 @@ class DividedMasks(MaskPool):
             return super().take(shape)
         each = shape[0] // part.places.numel()
         whole = super().take(torch.Size((part.batch * each, *shape[1:])))
-        return whole.unflatten(0, (part.batch, each))[part.places].reshape(shape)
+        return whole.view(part.batch, each, *shape[1:])[part.places].reshape(shape)

@@ -66,7 +66,7 @@ def test_two_processes_arrive_at_what_one_arrives_at(compared, case):
     found = compared[case]
     apart, integers = found["constants"]
     assert apart < 1e-4 and integers == 0
-    assert found["losses"] < 1e-4
+    assert found["losses"] < 1e-3  # an output code on a tie may fall either way
     assert found["same_everywhere"] and found["allocation"]
     assert abs(found["sqnr"][0] - found["sqnr"][1]) < 0.01
 
@@ -97,8 +97,8 @@ def test_the_command_line_writes_one_file_and_one_summary(options, tmp_path):
     ("command", "codes", "word"),
     [
         (("edadm_compile", "missing.pt", "--w4a8"), (2, 2), "missing.pt does not exist"),  # both have this error
-        (("tests.parallel.lonely", "fails"), (10, 5), "only the second process"),
-        (("tests.parallel.lonely", "killed"), (10, -signal.SIGKILL), "another process of this run ended"),
+        (("tests.parallel.lonely", "fails"), (11, 5), "only the second process"),
+        (("tests.parallel.lonely", "killed"), (11, -signal.SIGKILL), "another process of this run ended"),
     ],
     ids=("of both", "of one", "of none"),
 )

@@ -13,10 +13,8 @@ from tests.graphs import TinyUNet, small_config, source_of
 #: Batches of 3 of 13 samples: shares differ, and some steps leave a process without a row.
 _TRAINED = {"iters": 6, "batch": 3}
 CASES = {
-    "default": {},
-    "qdrop": {"reconstruction": ReconstructionConfig(**_TRAINED, qdrop=0.5, rounding_weight=0.01)},
-    "two phases": {"method": "q-diffusion"},
-    "deploy": {"deploy": "onnxruntime", "budget_bits": 6.0},
+    "joint": {"reconstruction": ReconstructionConfig(**_TRAINED, qdrop=0.5, rounding_weight=0.01)},
+    "mixed widths for ONNX Runtime": {"deploy": "onnxruntime", "budget_bits": 6.0},
 }
 
 
