@@ -31,6 +31,7 @@ from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
 from edadm_compile.passes.reconstruct import Reconstruct
+from edadm_compile.passes.row_shares import check_divisible
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
 from edadm_compile.passes.trace import trace
@@ -131,6 +132,7 @@ def compile_source(
     program = capture(source)
     program = run_passes(program, float_passes(), ctx, dump)
     check_reachable(program, config)  # before the expensive part: what is out of reach here stays so
+    check_divisible(program, ctx)
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
     ctx.calibration = collect(

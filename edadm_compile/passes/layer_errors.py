@@ -74,7 +74,7 @@ def layer_errors(program: Program, layers: Sequence[Options], ctx: Context) -> t
     ctx.progress.stage("layer sensitivity", len(slices) * (1 + sum(len(o.infos) for o in layers)))
     ranges = _ranges(program, layers, [inputs for inputs, _ in slices], ctx)
     scales = _weight_scales(program, layers)
-    errors = torch.zeros(len(layers), max(len(o.infos) for o in layers), dtype=torch.float64)
+    errors = torch.zeros(len(layers), max((len(o.infos) for o in layers), default=0), dtype=torch.float64)
     signal = 0.0
     for inputs, weights in slices:
         values = values_of(program, inputs)

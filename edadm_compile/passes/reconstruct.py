@@ -51,7 +51,7 @@ class Reconstruct:
         reports: list[dict[str, Any]] = []
         for phase in method.phases:
             with switched_off(program, *((ActFakeQuant,) if phase == "weights" else ())):
-                streams = Streams(program, units, held_rows(program, ctx))
+                streams = Streams(program, units, held_rows(ctx))
                 reports += _train_units(program, units, streams, phase, ctx, len(reports))
         return PassResult(program, True, {"units": reports})
 

@@ -12,25 +12,32 @@ from edadm_compile.passes.base import Context
 from edadm_compile.quant.fake_quant import MaskPool
 
 
-def held_rows(program: Program, ctx: Context) -> list[Tensor]:
-    """Rows of the calibration set that this process holds.
+def check_divisible(program: Program, ctx: Context) -> None:
+    """Refuse what cannot be divided before the samples are collected.
 
     Raises:
         ParallelError: a graph that takes one batch size alone, or fewer samples than processes.
     """
-    inputs, world = ctx.calibration.inputs, ctx.world
-    total, signature = inputs[0].shape[0], program.signature
-    if world.size > 1 and signature.min_batch == signature.max_batch:
+    size, signature = ctx.world.size, program.signature
+    if size == 1 or ctx.config.reconstruction.iters == 0 or not ctx.config.recipe.phases:
+        return
+    if signature.min_batch == signature.max_batch:
         raise ParallelError(
             f"the model was captured for batches of {signature.max_batch} only, whose rows cannot be divided over "
-            f"{world.size} processes; run it in one, or capture it with a batch dimension that is free"
+            f"{size} processes; run it in one, or capture it with a batch dimension that is free"
         )
-    if total < world.size:
+    samples = ctx.config.calib_samples * program.sampler.branches
+    if samples < size:
         raise ParallelError(
-            f"{total} calibration samples for {world.size} processes: each needs one or more; raise --calib-samples or "
-            "start fewer"
+            f"{samples} calibration samples for {size} processes: each needs one or more; raise --calib-samples or start "
+            "fewer"
         )
-    return world.share(total).of(inputs)
+
+
+def held_rows(ctx: Context) -> list[Tensor]:
+    """Rows of the calibration set that this process holds."""
+    inputs = ctx.calibration.inputs
+    return ctx.world.share(inputs[0].shape[0]).of(inputs)
 
 
 def share_of(samples: int, ctx: Context) -> Share:

@@ -6,9 +6,9 @@ import torch
 from edadm_compile.errors import ParallelError
 from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.base import Context
-from edadm_compile.passes.row_shares import DividedMasks, held_rows
+from edadm_compile.passes.row_shares import DividedMasks, check_divisible
 from edadm_compile.quant.fake_quant import MaskPool
-from tests.graphs import GraphBuilder, random_calibration, small_config
+from tests.graphs import GraphBuilder, small_config
 
 
 class One(World):
@@ -73,10 +73,11 @@ def test_a_process_without_rows_computes_one_that_does_not_count():
 def test_what_cannot_be_divided_is_refused():
     build = GraphBuilder()
     program = build.program(build.conv("a", build.x, 4, 4))
-    ctx = Context(small_config(), calibration=random_calibration(program, samples=2), world=One(0, 3))
+    ctx = Context(small_config(calib_samples=2), world=One(0, 3))
     with pytest.raises(ParallelError, match="2 calibration samples for 3 processes"):
-        held_rows(program, ctx)
+        check_divisible(program, ctx)
     fixed = type(program.signature)(program.signature.inputs, "tensor", 2, 2)
     program = type(program)(program.graph_module, "float", fixed, program.sampler)
     with pytest.raises(ParallelError, match="captured for batches of 2 only"):
-        held_rows(program, ctx)
+        check_divisible(program, ctx)
+    check_divisible(program, Context(small_config(calib_samples=2)))  # one process takes either
