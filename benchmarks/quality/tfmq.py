@@ -19,17 +19,18 @@ from edadm_compile.calibration.collect import collect
 from edadm_compile.config import QuantConfig
 from edadm_compile.frontend import Source
 from edadm_compile.ir.program import Program
-from edadm_compile.methods import Method
 from edadm_compile.passes.assign_widths import AssignWidths
 from edadm_compile.passes.base import Context, run_passes
-from edadm_compile.passes.calibrate import ActivationObserver, Calibrate, activation_quantizers
+from edadm_compile.passes.calibrate import Calibrate, activation_quantizers
 from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.reconstruct import Reconstruct
 from edadm_compile.pipeline import capture, float_passes
 from edadm_compile.quant.fake_quant import ActFakeQuant
+from edadm_compile.quant.observers import search_activation
 
-#: Values of an activation that a step's range is searched on.
-_KEEP = 8192
+#: Values of an activation that a step's range is searched on, ends of the range tried in each of two rounds, and the power
+#: of the error that is minimised, as in the method's other searches. The released code tries 80 ranges on 16 samples.
+_KEEP, _GRID, _POWER = 4096, 8, 2.4
 _Affine = tuple[Tensor, Tensor]
 
 
@@ -79,7 +80,7 @@ def per_step(program: Program, ctx: Context) -> StepScaled:
     """Search the scales of every timestep on the float trajectories' states there."""
     kept = ctx.calibration.trajectories
     times, order = kept.t.double().unique(return_inverse=True)
-    recorder = _Setter(program, ctx.config.recipe, ctx.generator(7001))
+    recorder = _Setter(program, ctx.generator(7001))
     scales: list[list[_Affine]] = []
     for row in range(times.numel()):
         steps = (
@@ -94,9 +95,9 @@ def per_step(program: Program, ctx: Context) -> StepScaled:
 class _Setter(fx.Interpreter):
     """Runs a program and gives each activation quantizer the range of what it is about to quantize."""
 
-    def __init__(self, program: Program, method: Method, generator: torch.Generator) -> None:
+    def __init__(self, program: Program, generator: torch.Generator) -> None:
         super().__init__(program.graph_module)
-        self._program, self._method, self._generator = program, method, generator
+        self._program, self._generator = program, generator
         self._found: list[_Affine] = []
 
     def search(self, inputs: list[Tensor]) -> list[_Affine]:
@@ -109,8 +110,9 @@ class _Setter(fx.Interpreter):
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
         if isinstance(module, ActFakeQuant):
-            observer = ActivationObserver()
-            observer.update(args[0], _KEEP, self._generator)
-            self._found.append(observer.affine(module.spec, str(target), self._method))
+            low, high = (float(v) for v in args[0].aminmax())
+            flat = args[0].reshape(-1)
+            sample = flat[torch.randint(0, flat.numel(), (min(_KEEP, flat.numel()),), generator=self._generator)]
+            self._found.append(search_activation(sample, low, high, module.spec, grid=_GRID, power=_POWER))
             module.set_affine(*self._found[-1])
         return super().call_module(target, args, kwargs)
