@@ -129,9 +129,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.jobs)
     bench = Benchmark(*given)
     about = {"model": str(args.model.name), "space": Path(space).name, "steps": bench.source.sampler.steps}
-    about |= {"real": len(bench.real), "float_frechet_to_real": round(bench.to_real(bench.images), 4)}
-    print("float model:", about, flush=True)
-    methods.complete(parser, args, methods.METHODS, (Benchmark, given), about)
+    about |= {"real": len(bench.real)}
+    floating = {"frechet_to_real": bench.to_real(bench.images)}
+    if bench.classify is not None and bench.labels:
+        floating["recognised_percent"] = bench.recognised(bench.images)
+    print("float model:", floating, about, flush=True)
+    methods.complete(parser, args, methods.METHODS, (Benchmark, given), about, floating)
 
 
 if __name__ == "__main__":

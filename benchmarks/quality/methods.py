@@ -204,12 +204,14 @@ def complete(
     table: dict[str, dict[str, Any]],
     subject: tuple[Callable[..., Any], tuple[Any, ...]],
     about: dict[str, Any],
+    floating: dict[str, float],
 ) -> None:
     """Compute what is missing of a table, then write it and its plot.
 
     Args:
         subject: what `prepare` gets: it makes the object that cells are measured with.
         about: what else the figures depend on; kept with the budget.
+        floating: figures of the float model.
     """
     names = args.only.split(",") if args.only else list(table)
     if unknown := [n for n in names if n not in table]:
@@ -222,6 +224,8 @@ def complete(
         if before["budget"] != budget:
             parser.error(f"{args.out}.json was made with {before['budget']}, not {budget}; choose another --out")
         result = before  # with the machine that most of it was measured on
+    if floating:
+        result["float"] = floating
     order = itertools.product(range(args.seeds), args.widths.split(","), names)
     todo = [(m, w, s) for s, w, m in order if f"{m} {w} {s}" not in result["cells"]]
     if todo:
@@ -237,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ablations", action="store_true", help="what the parts of our method are worth instead")
     args = parser.parse_args(argv)
     table = ABLATIONS if args.ablations else METHODS
-    complete(parser, args, table, (Benchmark, (args.n, args.trajectories)), {})
+    complete(parser, args, table, (Benchmark, (args.n, args.trajectories)), {}, {})
 
 
 if __name__ == "__main__":
