@@ -12,7 +12,8 @@
     ├── ContractError         integer execution and simulated quantization disagree (``verify`` failed)
     ├── QualityError          measured quality is beyond a limit that was asked for (``evaluate`` failed)
     ├── TargetError           a GPU without code in the file, or a missing tool to make or run it
-    └── ExportError           a program, or a request, that has no ONNX form
+    ├── ExportError           a program, or a request, that has no ONNX form
+    └── ParallelError         processes of one run that do not find each other, or lost one
 
 Messages say what happened, where, what was found, what is allowed and what to do next.
 """
@@ -91,3 +92,9 @@ class ExportError(EdadmError):
     """A program cannot be written as the ONNX graph that was asked for."""
 
     exit_code = 9
+
+
+class ParallelError(EdadmError):
+    """The processes of a run under ``torchrun`` cannot go on together."""
+
+    exit_code = 11

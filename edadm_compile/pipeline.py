@@ -20,6 +20,7 @@ from edadm_compile.frontend import Source
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import reference as _reference  # registers the operators' meaning  # noqa: F401
+from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.assign_widths import AssignWidths
 from edadm_compile.passes.base import Context, Pass, Progress, Silent, run_passes
 from edadm_compile.passes.calibrate import Calibrate
@@ -34,6 +35,7 @@ from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
 from edadm_compile.passes.reconstruct import Reconstruct
+from edadm_compile.passes.row_shares import check_divisible
 from edadm_compile.passes.rule_check import check_rules
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
@@ -135,6 +137,7 @@ def compile_source(
     dump: Callable[[str, Program], None] | None = None,
     calibration: CalibrationSamples | None = None,
     block_finished: Callable[[BlockFinished], None] = lambda event: None,
+    world: World | None = None,
 ) -> CompileResult:
     """Compile a loaded source with a configuration.
 
@@ -144,11 +147,12 @@ def compile_source(
         dump: called with each pass's name and program.
         calibration: samples of the user's own, in place of those that are collected.
         block_finished: told each reconstructed block.
+        world: the processes that compile together (`edadm_compile.parallel.launch`); all get the result.
 
     Raises:
         EdadmError: see `edadm_compile.errors`.
     """
-    ctx = Context(config, progress=progress or Silent(), block_finished=block_finished)
+    ctx = Context(config, progress=progress or Silent(), block_finished=block_finished, world=world or World())
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     torch.manual_seed(config.seed)  # nothing draws from the global generator, schedulers of other people might
@@ -156,15 +160,16 @@ def compile_source(
     program = capture(source)
     check_parameters(program)  # before constants are folded, under the names of the checkpoint
     program = run_passes(program, float_passes(), ctx, dump)
-    check_rules(
-        program, config
-    )  # before the expensive part, like the next: what is wrong or out of reach here stays so
+    # Before the expensive part: what is wrong or out of reach here stays so.
+    check_rules(program, config)
     check_reachable(program, config)
+    check_divisible(program, ctx)
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
     ctx.calibration = collect(
-        program, config, ctx.generator(1), pool=source.conditions, given=calibration, advance=ctx.progress.advance
-    )
+        program, config, ctx.generator(1), pool=source.conditions, given=calibration, advance=ctx.progress.advance,
+        world=ctx.world,
+    )  # fmt: skip
     _warn_of_steps(ctx)
     clock.mark("calibration")
     result = program
@@ -211,7 +216,7 @@ def _quality(program: Program, lowered: Program, source: Source, ctx: Context) -
         ctx.progress.advance(1)
         return lowered(*inputs)
 
-    return compare_noise(program, counted, program.sampler, x, conditions)
+    return compare_noise(divided(program, ctx.world), divided(counted, ctx.world), program.sampler, x, conditions)
 
 
 class _Clock:

@@ -15,6 +15,7 @@ from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import shape_of, x_dependent
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program
+from edadm_compile.parallel.world import World, divided
 
 _UP_OPS = ("upsample", "conv_transpose", "pixel_shuffle", "cat.default", "concat.default")
 #: Trajectories advanced together; bounds memory, not the result.
@@ -58,12 +59,12 @@ def bottleneck(program: Program, override: str | None = None) -> fx.Node:
 
 
 class _FeatureTap(fx.Interpreter):
-    """Runs a graph and keeps one node's value."""
+    """Runs a graph, each process its share of the rows, and keeps one node's value for all of them."""
 
-    def __init__(self, program: Program, node: fx.Node) -> None:
+    def __init__(self, program: Program, node: fx.Node, world: World) -> None:
         super().__init__(program.graph_module)
         self._node = node
-        self._program = program
+        self._program, self._world = program, world
         self.feature = torch.empty(0)
 
     def run_node(self, n: fx.Node) -> object:
@@ -74,11 +75,17 @@ class _FeatureTap(fx.Interpreter):
         return result
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        share = self._world.share(inputs[0].shape[0])
+        prediction = self._rows(*share.of(inputs))
+        self.feature = self._world.join(self.feature, share)
+        return self._world.join(prediction, share)
+
+    def _rows(self, *inputs: Tensor) -> Tensor:
         signature = self._program.signature
         if not signature.min_batch <= inputs[0].shape[0] <= signature.max_batch:
             parts, features = [], []
             for piece, rows in signature.batches(inputs):
-                parts.append(self(*piece)[:rows])
+                parts.append(self._rows(*piece)[:rows])
                 features.append(self.feature[:rows])
             self.feature = torch.cat(features)
             return torch.cat(parts)
@@ -94,6 +101,7 @@ def collect(
     pool: dict[str, Tensor] | None = None,
     given: CalibrationSamples | None = None,
     advance: Callable[[int, str], None] = lambda steps, message: None,
+    world: World | None = None,
 ) -> CalibrationSet:
     """Choose and collect calibration samples for a float program.
 
@@ -104,14 +112,16 @@ def collect(
         pool: the user's condition tensors by name.
         given: the user's own samples, taken instead; the scoring batch is still run, for the passes that measure on it.
         advance: progress callback (model evaluations done, remark).
+        world: processes that share the rows of each batch; all of them get the whole set.
 
     Raises:
         CalibrationError: the model's prediction is not finite.
         InputError: given samples that the model cannot be called with.
     """
+    world = world or World()
     if given is not None:
         given.inputs(program.signature)  # refused before the work
-    trajectories, features = _score_batch(program, config, generator, pool, advance)
+    trajectories, features = _score_batch(program, config, generator, pool, advance, world)
     if given is not None:
         return given_set(program, given, trajectories)
     steps = len(features)
@@ -121,7 +131,8 @@ def collect(
     conditions = sampler.draw_conditions(program.signature, assigned.numel(), generator, pool, program.sampler.null)
     states = []
     for rows in torch.arange(assigned.numel()).split(_CHUNK):  # sorted by step: a chunk stops early together
-        states.append(_run_down(program, x[rows], [c[rows] for c in conditions], assigned[rows], generator, advance))
+        mine = x[rows], [c[rows] for c in conditions], assigned[rows]
+        states.append(_run_down(program, *mine, generator, advance, world))
     order = torch.randperm(assigned.numel(), generator=generator)
     x, assigned, conditions = torch.cat(states)[order], assigned[order], [c[order] for c in conditions]
     if program.sampler.guided:
@@ -136,8 +147,9 @@ def _score_batch(
     generator: torch.Generator,
     pool: dict[str, Tensor] | None,
     advance: Callable[[int, str], None],
+    world: World,
 ) -> tuple[Trajectories, list[Tensor]]:
-    tap = _FeatureTap(program, bottleneck(program))
+    tap = _FeatureTap(program, bottleneck(program), world)
     n = config.tdac.trajectories
     x = sampler.draw_noise(program.signature, n, generator)
     conditions = sampler.draw_conditions(program.signature, n, generator, pool, program.sampler.null)
@@ -173,6 +185,7 @@ def _run_down(
     assigned: Tensor,
     generator: torch.Generator,
     advance: Callable[[int, str], None],
+    world: World,
 ) -> Tensor:
     """States of a chunk of trajectories, each at its assigned step."""
     result = torch.empty_like(x)
@@ -183,5 +196,6 @@ def _run_down(
         advance(x_in.shape[0], f"collecting t={t:g}")
 
     last = int(assigned.max())
-    sampler.sample(program, program.sampler, x, conditions, generator=generator, hook=hook, stop_after=last + 1)
+    model = divided(program, world)
+    sampler.sample(model, program.sampler, x, conditions, generator=generator, hook=hook, stop_after=last + 1)
     return result

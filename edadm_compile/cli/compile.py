@@ -111,6 +111,7 @@ def compile(
     MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
     """
     from edadm_compile.driver import compile as driver
+    from edadm_compile.parallel.launch import processes
     from edadm_compile.report import progress as bars
     from edadm_compile.report import report_lines, tables
 
@@ -126,8 +127,10 @@ def compile(
         store=store,
         report=report,
     )
-    with bars.reporter(quiet, verbose) as progress:
-        summary = driver.run(request, progress)
+    with processes() as world, bars.reporter(quiet or not world.leads, verbose) as progress:
+        summary = driver.run(request, progress, world)
+    if not world.leads:
+        return
     if as_json:
         print_json(summary)
     elif not quiet:

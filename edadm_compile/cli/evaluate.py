@@ -36,14 +36,16 @@ def evaluate(artifact: Path, reference: Path, quiet: bool, verbose: bool, as_jso
     Exits with 7 when a limit of --fail-below or --fail-above is missed.
     """
     from edadm_compile.driver import evaluate as driver
+    from edadm_compile.parallel.launch import processes
     from edadm_compile.report import evaluate_tables as tables
     from edadm_compile.report import progress as bars
 
     wanted = driver.Options(**{name: options.pop(name) for name in driver.Options.__dataclass_fields__})
-    with bars.reporter(quiet, verbose) as progress:
-        result = driver.run(artifact, reference, wanted, progress, **options)
-    if as_json:
-        print_json(result)
-    else:
-        tables.print_evaluation(result)
-    driver.check(result)
+    with processes() as world:
+        with bars.reporter(quiet or not world.leads, verbose) as progress:
+            result = driver.run(artifact, reference, wanted, progress, world, **options)
+        if as_json and world.leads:
+            print_json(result)
+        elif world.leads:
+            tables.print_evaluation(result)
+        driver.check(result)

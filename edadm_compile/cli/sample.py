@@ -27,10 +27,13 @@ from edadm_compile.cli.options import FILE, OneOf, guarded, output_options, prin
 def sample(artifact: Path, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     """Generate images with ARTIFACT, beside the float model's when one is given."""
     from edadm_compile.driver import sample as driver
+    from edadm_compile.parallel.launch import processes
     from edadm_compile.report import progress as bars
 
-    with bars.reporter(quiet, verbose) as progress:
-        result = driver.run(artifact, progress=progress, **options)
+    with processes() as world, bars.reporter(quiet or not world.leads, verbose) as progress:
+        result = driver.run(artifact, progress=progress, world=world, **options)
+    if not world.leads:
+        return
     if as_json:
         print_json(result)
     elif not quiet:

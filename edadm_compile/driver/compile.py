@@ -28,6 +28,7 @@ from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.kernels.request import triton_folder, triton_version
 from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.methods import LOSSES
+from edadm_compile.parallel.world import World
 from edadm_compile.passes.base import Progress
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
@@ -62,17 +63,22 @@ class Request:
     report: Path | None = None
 
 
-def run(request: Request, progress: Progress) -> dict[str, Any]:
+def run(request: Request, progress: Progress, world: World | None = None) -> dict[str, Any]:
     """Compile and write; returns the summary.
+
+    Args:
+        world: the processes that compile together; the first one writes, the others return an empty summary.
 
     Raises:
         EdadmError: bad input, or a failed compilation. An existing output file stays as it was.
     """
     if request.device != "cpu":
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
-    check_writable(request.output)
-    if request.report is not None:
-        reports.check(request.report)
+    world = world or World()
+    if world.leads:  # the others may be on machines where the folder does not exist
+        check_writable(request.output)
+        if request.report is not None:
+            reports.check(request.report)
     config = make_config(request.options, request.config_file)
     # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
     targets = "none" if config.deploy and request.targets is None else request.targets
@@ -83,7 +89,10 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     source = load_source(
         request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
     )
-    result = compile_source(source, config, progress, dump=_dumper(request.dump))
+    dump = _dumper(request.dump) if world.leads else None
+    result = compile_source(source, config, progress, dump=dump, world=world)
+    if not world.leads:
+        return {}
     start = time.perf_counter()
     if device_code.targets:
         device_code = fitted(device_code, request.store, _beyond(result))
@@ -107,6 +116,7 @@ def compile_model(
     calibration: CalibrationSamples | None = None,
     callbacks: Receiver | Sequence[Receiver] | None = None,
     report: str | Path | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> CompileResult:
     """Compile a file, a folder, a module or a loaded source.
@@ -122,6 +132,7 @@ def compile_model(
         callbacks: functions of an event, or objects with the methods of `edadm_compile.Callbacks`. What one raises
             ends the compilation, and nothing is written.
         report: HTML page to write about `output` (see docs/report.md).
+        world: the processes that compile together, from `edadm_compile.parallel.launch.processes`; the first one writes.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
             `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
 
@@ -146,8 +157,8 @@ def compile_model(
             raise InputError("compile_model: report is about a file; give output= as well")
         reports.check(Path(report))
     told = Dispatcher(callbacks)
-    result = compile_source(source, config, told, calibration=calibration, block_finished=told.block)
-    if output is not None:
+    result = compile_source(source, config, told, calibration=calibration, block_finished=told.block, world=world)
+    if output is not None and (world is None or world.leads):
         device_code = fitted(device_code, None, _beyond(result))
         write(to_artifact(result, build(result.lowered, device_code, told)), Path(output))
         if report is not None:

@@ -26,6 +26,7 @@ from edadm_compile.evaluate.metrics import finite
 from edadm_compile.evaluate.paired import Pairs, evaluation_seed, sample_pairs
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import SamplerSpec, Signature
+from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.session import CompiledModel, load
 
@@ -58,12 +59,18 @@ class Options:
 
 
 def run(
-    artifact: Path, reference: Path, wanted: Options, progress: Progress | None = None, **options: Any
+    artifact: Path,
+    reference: Path,
+    wanted: Options,
+    progress: Progress | None = None,
+    world: World | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Measure a file.
 
     Args:
         reference: the float model that was compiled.
+        world: processes that share the images of each batch; all of them get the result.
         options: how to load it; conditions, scheduler and steps are also those of the comparison.
 
     Returns:
@@ -89,7 +96,7 @@ def run(
     judges = find_judges(shape, wanted.count, reference, wanted.features, data)
     _check_measurable(limits, judges)
     spaces = evaluate_sets.open_spaces(judges, progress)
-    pairs = _pairs(model, source, spec, wanted, progress)
+    pairs = _pairs(model, source, spec, wanted, progress, world or World())
     progress.stage("distances", None)
     images, metrics = evaluate_measures.images(pairs, judges)
     sets = {"quantized": pairs.candidate.clamp(-1, 1), "float": pairs.reference.clamp(-1, 1)}
@@ -109,13 +116,15 @@ def run(
     }  # fmt: skip
 
 
-def _pairs(model: CompiledModel, source: Source, spec: SamplerSpec, wanted: Options, progress: Progress) -> Pairs:
+def _pairs(
+    model: CompiledModel, source: Source, spec: SamplerSpec, wanted: Options, progress: Progress, world: World
+) -> Pairs:
     """Images and predictions of both models from fresh noise."""
     x, conditions = _draw(model.signature, spec, wanted, source.conditions)
     steps = len(sampler.timesteps(spec))
     progress.stage("trajectories", 2 * steps * math.ceil(wanted.count / wanted.batch))
     pairs = sample_pairs(
-        source.denoiser(), _on_host(model), spec, x, conditions, batch=wanted.batch,
+        divided(source.denoiser(), world), divided(_on_host(model), world), spec, x, conditions, batch=wanted.batch,
         seed=evaluation_seed(wanted.seed), advance=progress.advance,
     )  # fmt: skip
     _check_finite(pairs)

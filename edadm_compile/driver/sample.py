@@ -20,6 +20,7 @@ from edadm_compile.errors import InputError, did_you_mean
 from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.frontend import guided_sampler, load_source, read_conditions
 from edadm_compile.ir.program import SamplerSpec, Signature
+from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.artifact import write_atomically
@@ -37,6 +38,7 @@ def run(
     seed: int,
     engine: str | None = None,
     progress: Progress | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Sample `count` images and write a grid.
@@ -44,6 +46,7 @@ def run(
     Args:
         engine: as in `edadm_compile.load`.
         progress: receives stages and steps.
+        world: processes that share the images; the first one writes.
 
     Returns:
         output path, count, and the PSNR against the reference where one is given.
@@ -51,20 +54,22 @@ def run(
     Raises:
         EdadmError: unreadable files, or a reference that does not match.
     """
-    check_writable(output)
+    world = world or World()
+    if world.leads:
+        check_writable(output)
     model = load(artifact, engine=engine)
     spec = chosen_sampler(model, options)
     noise, conditions = inputs(model, spec, count, seed, label, options.get("conditions"))
     progress = progress or Silent()
     progress.stage("sampling", _calls(spec, count))
-    images = generate(spec, model.predict, noise, conditions, seed, progress)
+    images = generate(spec, divided(model.predict, world), noise, conditions, seed, progress)
     result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name,
                               "scheduler": spec.scheduler["_class_name"], "guidance": spec.guidance}  # fmt: skip
     rows = [images]
     if reference is not None:
         source = load_source(reference, load_options(options, spec))
         progress.stage("float model", _calls(spec, count))
-        originals = generate(spec, source.denoiser(), noise, conditions, seed, progress)
+        originals = generate(spec, divided(source.denoiser(), world), noise, conditions, seed, progress)
         values = psnr(originals, images)
         result["psnr_db"] = {
             "median": float(values.median()),
@@ -76,7 +81,8 @@ def run(
         result["note"] = (
             "the file was calibrated without guidance: its quantizers have not seen the unconditional branch"
         )
-    write_grid(rows, output, columns_for(model.signature, spec, count))
+    if world.leads:
+        write_grid(rows, output, columns_for(model.signature, spec, count))
     return result
 
 

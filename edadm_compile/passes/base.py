@@ -14,6 +14,7 @@ from edadm_compile.config import QuantConfig
 from edadm_compile.errors import DialectError
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program
+from edadm_compile.parallel.world import World
 
 
 class Progress(Protocol):
@@ -59,6 +60,7 @@ class Context:
         stats: results of finished passes by name.
         warnings: what the user must know about the result, in the order found; see `warn`.
         block_finished: told each reconstructed block.
+        world: the processes that work on this together.
     """
 
     config: QuantConfig
@@ -67,6 +69,7 @@ class Context:
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     block_finished: Callable[[BlockFinished], None] = lambda event: None
+    world: World = field(default_factory=World)
 
     def warn(self, text: str) -> None:
         """Keep a sentence for the summary, and report it at once; the same sentence only once."""

@@ -73,6 +73,10 @@ class Calibrate:
             rows = weight.movedim(weight_quantizer.spec.axis or 0, 0).flatten(1)
             weights.append((extremes.readers(node), rows, weight_quantizer.scale))
         extremes.report_weights(weights, ctx)
+        # Every process has searched the same; that they also found the same does not hang on equal hardware.
+        everywhere = [q for _, q in activation_quantizers(program)]
+        ctx.world.agree([v for q in everywhere for v in (q.log_scale, q.zero_point)])
+        ctx.world.agree([q.scale for _, q in weight_quantizers(program)])
         stats = {"ranges": {node.name: [o.low, o.high] for node, o in observers.items()}}
         return PassResult(program, True, {**stats, "beyond_float16": extremes.beyond_float16(peaks, ctx)})
 

@@ -49,14 +49,16 @@ class MeanCorrection:
         visits = torch.bincount(order, minlength=keys.numel())
         ctx.progress.stage("mean correction", trajectories.t.numel())
         limit = program.signature.max_batch if fixed else min(_CHUNK, program.signature.max_batch)
-        for step, row in enumerate(order.tolist()):
+        for step in ctx.world.turns(order.numel()):
+            row = int(order[step])
             error = trajectories.prediction[step] - _predict(program, trajectories, step, limit)
             used = combine(program.sampler, error, trajectories.x.shape[2])
             rows[row] += _mean(used) / visits[row]
             if program.sampler.guided:
                 without, with_condition = error.chunk(2)
                 apart[row] += (_mean(with_condition) - _mean(without)) / visits[row]
-            ctx.progress.advance(1)
+            ctx.progress.advance(ctx.world.size)
+        ctx.world.add([rows, apart])
         program = _add_table(program, keys, rows.float())
         stats = {"largest": float(rows.abs().max())}
         if program.sampler.guided:
