@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from edadm_compile.calibration import sampler
 from edadm_compile.calibration.collect import collect
+from edadm_compile.calibration.dataset import CalibrationSet
 from edadm_compile.config import QuantConfig
 from edadm_compile.evaluate.compare import NoiseComparison, compare_noise
 from edadm_compile.frontend import Source
@@ -19,8 +20,10 @@ from edadm_compile.ir.program import Program
 from edadm_compile.kernels import reference as _reference  # registers the operators' meaning  # noqa: F401
 from edadm_compile.passes.assign_widths import AssignWidths
 from edadm_compile.passes.base import Context, Pass, Progress, Silent, run_passes
+from edadm_compile.passes.caches import Caches
 from edadm_compile.passes.calibrate import Calibrate
 from edadm_compile.passes.canonicalize import Canonicalize
+from edadm_compile.passes.checkpoint import Checkpoints, NoCheckpoints, Saved, resumed
 from edadm_compile.passes.decompose_attention import DecomposeAttention
 from edadm_compile.passes.float_outputs import FloatOutputs
 from edadm_compile.passes.fold_attention import FoldAttention
@@ -29,6 +32,7 @@ from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
+from edadm_compile.passes.out_of_memory import memory_guard
 from edadm_compile.passes.reconstruct import Reconstruct
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
@@ -78,6 +82,7 @@ class CompileResult:
         quality: noise-prediction error of the lowered program against the float model on fresh noise.
         allocation: calibration samples per sampler step.
         float_bytes: size of the source's parameters in fp16.
+        restored: seconds that earlier runs spent on what this one took from checkpoints, by stage.
     """
 
     qdq: Program
@@ -89,6 +94,7 @@ class CompileResult:
     allocation: list[int]
     float_bytes: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    restored: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         quality = "not measured" if self.quality is None else f"{self.quality.sqnr:.1f} dB"
@@ -109,6 +115,8 @@ def compile_source(
     *,
     quality: bool = True,
     dump: Callable[[str, Program], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    caches: Caches | None = None,
 ) -> CompileResult:
     """Compile a loaded source with a configuration.
 
@@ -116,11 +124,18 @@ def compile_source(
         progress: receives stages and steps; silent by default.
         quality: measure the result against the float model on fresh noise at the end.
         dump: called with each pass's name and program.
+        checkpoints: results of an earlier run, and where those of this one go; none by default.
+        caches: room for values of the whole calibration set; in memory by default.
 
     Raises:
         EdadmError: see `edadm_compile.errors`.
     """
-    ctx = Context(config, progress=progress or Silent())
+    ctx = Context(
+        config,
+        progress=progress or Silent(),
+        checkpoints=checkpoints or NoCheckpoints(),
+        caches=caches or Caches(),
+    )
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     torch.manual_seed(config.seed)  # nothing draws from the global generator, schedulers of other people might
@@ -128,22 +143,63 @@ def compile_source(
     program = capture(source)
     program = run_passes(program, float_passes(), ctx, dump)
     check_reachable(program, config)  # before the expensive part: what is out of reach here stays so
+    ctx.checkpoints.begin(program)
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
-    ctx.calibration = collect(program, config, ctx.generator(1), pool=source.conditions, advance=ctx.progress.advance)
+    ctx.calibration = _calibration(program, source, ctx).moved(ctx.caches.keep)
     clock.mark("calibration")
     result = program
     for item in quant_passes():
-        result = run_passes(result, [item], ctx, dump)
+        with memory_guard(f"in the stage {item.name.replace('_', ' ')}", "free memory, or take fewer --calib-samples"):
+            result = run_passes(result, [item], ctx, dump)
         if item.name == "freeze":
             qdq = result
         clock.mark(item.name)
     verify(qdq)
-    measured = _quality(program, result, source, ctx) if quality else None
+    measured = _measured(program, result, source, ctx) if quality else None
     clock.mark("quality")
     counts = ctx.calibration.allocation.counts.tolist()
+    restored: dict[str, float] = {}
+    for name, spent in ctx.checkpoints.restored.items():
+        stage = name.partition(".")[0]
+        restored[stage] = restored.get(stage, 0.0) + spent
     return CompileResult(
-        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance()
+        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance(),
+        restored,
+    )  # fmt: skip
+
+
+def _calibration(program: Program, source: Source, ctx: Context) -> CalibrationSet:
+    def make() -> CalibrationSet:
+        with memory_guard("collecting calibration samples", "free memory, or take fewer --calib-samples"):
+            return collect(program, ctx.config, ctx.generator(1), pool=source.conditions, advance=ctx.progress.advance)
+
+    return resumed(
+        ctx.checkpoints,
+        "calibration",
+        make,
+        lambda made: Saved(*made.to_tensors()),
+        lambda saved: CalibrationSet.from_tensors(saved.tensors, saved.values),
+    )
+
+
+def _measured(program: Program, lowered: Program, source: Source, ctx: Context) -> NoiseComparison:
+    def restore(saved: Saved) -> NoiseComparison:
+        values = saved.values
+        branches = values["branches"]
+        return NoiseComparison(
+            values["sqnr"],
+            values["sqnr_without_last"],
+            tuple(values["per_step"]),
+            None if branches is None else (branches[0], branches[1]),
+        )
+
+    return resumed(
+        ctx.checkpoints,
+        "quality",
+        lambda: _quality(program, lowered, source, ctx),
+        lambda made: Saved(values=asdict(made)),
+        restore,
     )
 
 

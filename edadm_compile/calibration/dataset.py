@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -35,6 +37,40 @@ class CalibrationSet:
     def inputs(self) -> tuple[Tensor, ...]:
         """All model inputs, x first."""
         return (self.x, self.t, *self.conditions)
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything in it as tensors by name and plain values."""
+        allocation, kept = self.allocation, self.trajectories
+        tensors = {
+            "x": self.x, "t": self.t, "step": self.step, "counts": allocation.counts, "density": allocation.density,
+            "diversity": allocation.diversity, "trajectories.x": kept.x, "trajectories.prediction": kept.prediction,
+            "trajectories.t": kept.t,
+        }  # fmt: skip
+        tensors |= {f"conditions.{i}": c for i, c in enumerate(self.conditions)}
+        tensors |= {f"trajectories.conditions.{i}": c for i, c in enumerate(kept.conditions)}
+        return tensors, {"radius": allocation.radius, "conditions": len(self.conditions)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> CalibrationSet:
+        """Inverse of `to_tensors`.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        own, kept = (
+            tuple(tensors[f"{prefix}conditions.{i}"] for i in range(values["conditions"]))
+            for prefix in ("", "trajectories.")
+        )
+        allocation = Allocation(tensors["counts"], tensors["density"], tensors["diversity"], float(values["radius"]))
+        trajectories = Trajectories(
+            *(tensors[f"trajectories.{name}"] for name in ("x", "prediction", "t")), conditions=kept
+        )
+        return cls(tensors["x"], tensors["t"], own, tensors["step"], allocation, trajectories)
+
+    def moved(self, keep: Callable[[Tensor], Tensor]) -> CalibrationSet:
+        """The same set with every tensor replaced by an equal one."""
+        tensors, values = self.to_tensors()
+        return self.from_tensors({name: keep(value) for name, value in tensors.items()}, values)
 
 
 @dataclass(frozen=True)

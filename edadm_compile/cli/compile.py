@@ -17,6 +17,8 @@ from edadm_compile.cli.options import (
     json_option,
     sampler_options,
     source_options,
+    stopping_on_sigterm,
+    work_options,
 )
 from edadm_compile.config import PRESETS
 from edadm_compile.methods import LOSSES, METHODS, SELECTIONS
@@ -89,6 +91,7 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @device_options
 @source_options
 @sampler_options
+@work_options
 @click.option("--dump-graphs", type=FILE, metavar="DIR", help="Write the graph after each pass.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 @json_option
@@ -105,6 +108,8 @@ def compile(
     targets: str | None,
     batch: str | None,
     store: str | None,
+    workdir: Path | None,
+    restart: bool,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -125,8 +130,11 @@ def compile(
         targets=targets,
         batch=batch,
         store=store,
+        workdir=workdir,
+        restart=restart,
+        say=lambda sentence: None if quiet else click.echo(sentence, err=True),
     )
-    with bars.reporter(quiet or as_json) as progress:
+    with stopping_on_sigterm(), bars.reporter(quiet or as_json) as progress:
         summary = driver.run(request, progress)
     if as_json:
         click.echo(json.dumps(summary, indent=2))

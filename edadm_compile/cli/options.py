@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edadm_compile.errors import EdadmError
+from edadm_compile.errors import EdadmError, Stopped
 
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback instead of one sentence.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -28,12 +31,49 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted: nothing was written", err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            click.echo(str(stop) or "interrupted: nothing was written", err=True)
+            sys.exit(getattr(stop, "exit_code", 130))
 
     wrapper.__name__, wrapper.__doc__ = function.__name__, function.__doc__
     return wrapper
+
+
+def work_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say where unfinished work is kept, and how much memory it may take."""
+    for option in (
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help="Most memory for cached activations, such as 4GB; the rest goes to files in the working folder.",
+        ),
+        click.option("--restart", is_flag=True, help="Discard what an interrupted run left in the working folder."),
+        click.option(
+            "--workdir",
+            type=FILE,
+            metavar="DIR",
+            help="Keep finished stages in DIR and start from them (default: OUTPUT.work, removed after success).",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, with a sentence and its own exit code."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise Stopped("", signum)
+
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers there only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def source_options(function: Callable[..., Any]) -> Callable[..., Any]:

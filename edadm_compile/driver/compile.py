@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import nn
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
 from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, options_of
-from edadm_compile.driver.options import guidance_options, load_options
+from edadm_compile.driver.fingerprint import inputs_of
+from edadm_compile.driver.options import guidance_options, load_options, parse_memory
+from edadm_compile.driver.workdir import Workdir, working
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
 from edadm_compile.evaluate.compare import NoiseComparison
 from edadm_compile.evaluate.metrics import finite
@@ -26,9 +29,11 @@ from edadm_compile.kernels.request import triton_folder, triton_version
 from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.methods import LOSSES
 from edadm_compile.passes.base import Progress, Silent
+from edadm_compile.passes.caches import Caches
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact, write
+from edadm_compile.runtime.atomic import sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Request:
         dump: folder for the graph after each pass.
         options: command-line options by name, None where not given.
         targets, batch, store: options of the GPU code to make, None where not given.
+        workdir: folder for checkpoints, kept after success; None for one beside the output, removed after success.
+        restart: discard the checkpoints of an earlier run.
+        say: receives sentences for the user besides progress: what is resumed, what was damaged.
     """
 
     model: Path
@@ -54,6 +62,9 @@ class Request:
     targets: str | None = None
     batch: str | None = None
     store: str | None = None
+    workdir: Path | None = None
+    restart: bool = False
+    say: Callable[[str], None] = logging.getLogger(__name__).warning
 
 
 def run(request: Request, progress: Progress) -> dict[str, Any]:
@@ -61,6 +72,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
 
     Raises:
         EdadmError: bad input, or a failed compilation. An existing output file stays as it was.
+        Stopped: SIGINT or SIGTERM; finished stages are kept in the working folder.
     """
     if request.device != "cpu":
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
@@ -75,12 +87,26 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     source = load_source(
         request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
     )
-    result = compile_source(source, config, progress, dump=_dumper(request.dump))
-    start = time.perf_counter()
-    bundle = build(result.lowered, device_code, progress)
-    result.seconds["kernels"] = time.perf_counter() - start
-    size = write(to_artifact(result, bundle), request.output)
-    return {**summary(result, source, request.output, size), "device": describe(bundle)}
+    memory = _memory_limit(request.options, request.config_file)
+    folder = request.workdir or default_workdir(request.output)
+    with working(folder, request.say, keep=request.workdir is not None) as workdir:
+        workdir.claim(inputs_of(source, config), restart=request.restart)
+        sweep(request.output.parent, request.output.name)
+        caches = Caches(memory, workdir.spill)
+        result = compile_source(
+            source, config, progress, dump=_dumper(request.dump), checkpoints=workdir, caches=caches
+        )
+        start = time.perf_counter()
+        bundle = build(result.lowered, device_code, progress)
+        result.seconds["kernels"] = time.perf_counter() - start
+        size = write(to_artifact(result, bundle), request.output)
+        found = {**summary(result, source, request.output, size), "device": describe(bundle)}
+        return {**found, "resumed": _resumed(result, workdir), "caches": caches.report()}
+
+
+def default_workdir(output: Path) -> Path:
+    """The working folder beside an output file."""
+    return output.with_name(f"{output.name}.work")
 
 
 def compile_model(
@@ -92,6 +118,9 @@ def compile_model(
     targets: str | None = "none",
     batches: Sequence[int] = DEFAULT_BATCHES,
     progress: Progress | None = None,
+    workdir: str | Path | None = None,
+    restart: bool = False,
+    memory: int | str | None = None,
     **options: Any,
 ) -> CompileResult:
     """Compile a file, a folder, a module or a loaded source.
@@ -103,6 +132,10 @@ def compile_model(
         targets: architectures to put GPU code for into `output`, as ``--targets``; None for the default ones.
         batches: batch sizes of that code.
         progress: receives stages and steps.
+        workdir: folder for checkpoints: the same call with it starts from where the last one stopped. It is kept;
+            without one nothing is. What is resumed or damaged is told to the logger "edadm_compile.driver.compile".
+        restart: discard the checkpoints of an earlier call.
+        memory: most bytes of caches in memory, as a number or as "4GB"; what exceeds it is spilled to `workdir`.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
             `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
 
@@ -122,10 +155,26 @@ def compile_model(
     config = config or QuantConfig()
     device_code = DeviceOptions(parse_targets(targets), tuple(batches)) if output is not None else DeviceOptions(())
     _check_device_code(config, device_code)
-    result = compile_source(source, config, progress)
+    limit = parse_memory(memory) if isinstance(memory, str) else memory
+    if workdir is None:
+        if limit is not None:
+            raise InputError("compile_model: memory=... needs workdir=..., where caches beyond it go")
+        result = compile_source(source, config, progress)
+        _write_output(result, output, device_code, progress)
+        return result
+    with working(Path(workdir), logging.getLogger(__name__).warning, keep=True) as folder:
+        folder.claim(inputs_of(source, config), restart=restart)
+        caches = Caches(limit, folder.spill)
+        result = compile_source(source, config, progress, checkpoints=folder, caches=caches)
+        _write_output(result, output, device_code, progress)
+        return result
+
+
+def _write_output(
+    result: CompileResult, output: str | Path | None, options: DeviceOptions, progress: Progress | None
+) -> None:
     if output is not None:
-        write(to_artifact(result, build(result.lowered, device_code, progress or Silent())), Path(output))
-    return result
+        write(to_artifact(result, build(result.lowered, options, progress or Silent())), Path(output))
 
 
 def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfig:
@@ -135,6 +184,7 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
         ConfigError: contradicting or invalid settings.
     """
     values = load_config(config_file) if config_file is not None else {}
+    values.pop("memory", None)  # decides no result: see `_memory_limit`
     preset = options.get("preset")
     if preset is not None:
         values["weight_bits"], values["act_bits"] = PRESETS[preset]
@@ -202,6 +252,27 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
         "total_seconds": round(sum(result.seconds.values()), 1),
         "float_layers": {row["layer"]: row["note"] for row in rows if row["executed"] == "float"},
         "notes": list(result.lowered.notes),
+    }
+
+
+def _memory_limit(options: dict[str, Any], config_file: Path | None) -> int | None:
+    """Bytes of ``--memory``, else of ``memory`` in the settings file, else None."""
+    text = options.get("memory")
+    if text is None and config_file is not None:
+        text = load_config(config_file).get("memory")
+    return None if text is None else parse_memory(text)
+
+
+def _resumed(result: CompileResult, workdir: Workdir) -> dict[str, Any] | None:
+    """What came from an earlier run, and how long that had taken; None when nothing did."""
+    if not result.restored:
+        return None
+    return {
+        "workdir": str(workdir.folder),
+        "stages": list(result.restored),
+        "blocks": sum(name.startswith("reconstruct.") for name in workdir.restored),
+        "seconds": {k: round(v, 1) for k, v in result.restored.items()},
+        "total_seconds": round(sum(result.restored.values()), 1),
     }
 
 

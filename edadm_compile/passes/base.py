@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,6 +13,8 @@ from edadm_compile.config import QuantConfig
 from edadm_compile.errors import DialectError
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program
+from edadm_compile.passes.caches import Caches
+from edadm_compile.passes.checkpoint import Checkpoints, NoCheckpoints, Saved, resumed
 
 
 class Progress(Protocol):
@@ -44,12 +46,16 @@ class Context:
         calibration: the calibration set, once collected (see `edadm_compile.calibration.dataset`).
         progress: where to report.
         stats: results of finished passes by name.
+        checkpoints: what earlier runs kept, and where this one keeps its results.
+        caches: room for values of the whole calibration set.
     """
 
     config: QuantConfig
     calibration: Any = None
     progress: Progress = field(default_factory=Silent)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
+    caches: Caches = field(default_factory=Caches)
 
     def generator(self, salt: int) -> torch.Generator:
         """A random generator of its own for one purpose, so that adding a pass does not shift another's draws."""
@@ -84,6 +90,17 @@ class Pass(Protocol):
         """Transform a private copy of the program."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A pass whose work is worth keeping: what it found out, without the graph."""
+
+    def state(self, program: Program) -> Saved:
+        """What `restore` needs, from the program that `run` produced."""
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Do to a private copy of the program what `run` did; change nothing shared when it does not fit."""
+
+
 def run_passes(
     program: Program, passes: Sequence[Pass], ctx: Context, dump: Callable[[str, Program], None] | None = None
 ) -> Program:
@@ -99,7 +116,7 @@ def run_passes(
         if program.dialect != item.reads:
             raise DialectError(f"pass {item.name} reads dialect {item.reads}, got {program.dialect}")
         start = time.perf_counter()
-        result = item.run(program.fork(), ctx)
+        result = _run(item, program, ctx)
         if result.program.dialect != item.writes:
             raise DialectError(f"pass {item.name} writes dialect {item.writes}, got {result.program.dialect}")
         verify(result.program)
@@ -108,6 +125,23 @@ def run_passes(
         if dump is not None:
             dump(item.name, program)
     return program
+
+
+def _run(item: Pass, program: Program, ctx: Context) -> PassResult:
+    """Run a pass, or restore what it found out in an earlier run."""
+    if not isinstance(item, Resumable):
+        return item.run(program.fork(), ctx)
+    keeper: Resumable = item
+
+    def state(result: PassResult) -> Saved:
+        saved = keeper.state(result.program)
+        return Saved(saved.tensors, {**saved.values, "changed": result.changed, "stats": result.stats})
+
+    def restore(saved: Saved) -> PassResult:
+        changed, stats = bool(saved.values["changed"]), dict(saved.values["stats"])
+        return PassResult(keeper.restore(program.fork(), saved), changed, stats)
+
+    return resumed(ctx.checkpoints, item.name, lambda: item.run(program.fork(), ctx), state, restore)
 
 
 def finish(program: Program) -> Program:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,8 @@ from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.phase import Phase, Trained
+from edadm_compile.passes.records import learned_state
 from edadm_compile.passes.streams import Streams, switched_off
 from edadm_compile.quant.fake_quant import ActFakeQuant, MaskPool, WeightFakeQuant
 
@@ -48,26 +49,14 @@ class Reconstruct:
         reports: list[dict[str, Any]] = []
         for phase in method.phases:
             with switched_off(program, *((ActFakeQuant,) if phase == "weights" else ())):
-                streams = Streams(program, units, ctx.calibration.inputs)
-                reports += _train_units(program, units, streams, phase, ctx, len(reports))
-        return PassResult(program, True, {"units": reports})
+                reports += Phase(program, units, phase, ctx, len(reports), _train).run()
+        return PassResult(program, True, {"units": reports, "caches": ctx.caches.report()})
 
 
-def _train_units(
-    program: Program, units: Sequence[Unit], streams: Streams, phase: str, ctx: Context, done: int
-) -> list[dict[str, Any]]:
-    """One pass over the network; returns a report for each unit."""
-    reports: list[dict[str, Any]] = []
-
-    def train(unit: Unit) -> None:
-        generator = ctx.generator(100 + done + len(reports))
-        trainer = UnitTrainer(program, unit, streams, ctx.config, phase, generator)
-        label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
-        told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
-        reports.append(told | trainer.run(ctx, label))
-
-    streams.advance(train)
-    return reports
+def _train(program: Program, unit: Unit, streams: Streams, phase: str, ctx: Context, salt: int, label: str) -> Trained:
+    trainer = UnitTrainer(program, unit, streams, ctx.config, phase, ctx.generator(salt))
+    report = trainer.run(ctx, label)
+    return Trained(report, trainer.learned())
 
 
 class UnitTrainer:
@@ -119,6 +108,7 @@ class UnitTrainer:
         groups = self._parameter_groups()
         if not groups:  # only scales are trained, and no activation in this unit has one of its own
             ctx.progress.advance(config.iters, label)
+            self._release()
             return {"before": before, "after": before}
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters)
@@ -134,7 +124,17 @@ class UnitTrainer:
                 done = every if (step + 1) % every == 0 else config.iters % every
                 ctx.progress.advance(done, f"{label} loss {float(loss.detach()):.2e}")
         self._finish()
-        return {"before": before, "after": self._mean_loss()}
+        after = self._mean_loss()
+        self._release()
+        return {"before": before, "after": after}
+
+    def learned(self) -> dict[str, Tensor]:
+        """What training changed, by quantizer."""
+        return learned_state(self.program, [q for _, q, _ in self.weights], self.activations)
+
+    def _release(self) -> None:
+        self.streams.caches.release(*self.targets.values())
+        self.targets = {}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         narrow: list[nn.Parameter] = []
