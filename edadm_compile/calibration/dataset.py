@@ -62,9 +62,8 @@ class CalibrationSet:
             for prefix in ("", "trajectories.")
         )
         allocation = Allocation(tensors["counts"], tensors["density"], tensors["diversity"], float(values["radius"]))
-        trajectories = Trajectories(
-            *(tensors[f"trajectories.{name}"] for name in ("x", "prediction", "t")), conditions=kept
-        )
+        x, prediction, t = (tensors[f"trajectories.{name}"] for name in ("x", "prediction", "t"))
+        trajectories = Trajectories(x, prediction, t, kept)
         return cls(tensors["x"], tensors["t"], own, tensors["step"], allocation, trajectories)
 
     def moved(self, keep: Callable[[Tensor], Tensor]) -> CalibrationSet:

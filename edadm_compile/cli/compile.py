@@ -110,6 +110,7 @@ def compile(
     store: str | None,
     workdir: Path | None,
     restart: bool,
+    threads: int | None,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -132,6 +133,7 @@ def compile(
         store=store,
         workdir=workdir,
         restart=restart,
+        threads=threads,
         say=lambda sentence: None if quiet else click.echo(sentence, err=True),
     )
     with stopping_on_sigterm(), bars.reporter(quiet or as_json) as progress:

@@ -43,6 +43,12 @@ def work_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say where unfinished work is kept, and how much memory it may take."""
     for option in (
         click.option(
+            "--threads",
+            type=int,
+            metavar="N",
+            help="Threads that compute (default: all cores). The last bits of the result depend on it.",
+        ),
+        click.option(
             "--memory",
             metavar="SIZE",
             help="Most memory for cached activations, such as 4GB; the rest goes to files in the working folder.",

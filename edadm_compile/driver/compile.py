@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +15,9 @@ from torch import nn
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
 from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, options_of
-from edadm_compile.driver.fingerprint import inputs_of
-from edadm_compile.driver.options import guidance_options, load_options, parse_memory
-from edadm_compile.driver.workdir import Workdir, working
+from edadm_compile.driver.fingerprint import inputs_of, machine
+from edadm_compile.driver.options import guidance_options, load_options
+from edadm_compile.driver.session import LOG, WorkOptions, default_folder, memory_limit, session
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
 from edadm_compile.evaluate.compare import NoiseComparison
 from edadm_compile.evaluate.metrics import finite
@@ -29,7 +28,6 @@ from edadm_compile.kernels.request import triton_folder, triton_version
 from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.methods import LOSSES
 from edadm_compile.passes.base import Progress, Silent
-from edadm_compile.passes.caches import Caches
 from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact, write
@@ -50,6 +48,7 @@ class Request:
         targets, batch, store: options of the GPU code to make, None where not given.
         workdir: folder for checkpoints, kept after success; None for one beside the output, removed after success.
         restart: discard the checkpoints of an earlier run.
+        threads: threads that compute; None for torch's default. The last bits of a result depend on it.
         say: receives sentences for the user besides progress: what is resumed, what was damaged.
     """
 
@@ -64,7 +63,8 @@ class Request:
     store: str | None = None
     workdir: Path | None = None
     restart: bool = False
-    say: Callable[[str], None] = logging.getLogger(__name__).warning
+    threads: int | None = None
+    say: Callable[[str], None] = LOG
 
 
 def run(request: Request, progress: Progress) -> dict[str, Any]:
@@ -87,26 +87,24 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     source = load_source(
         request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
     )
-    memory = _memory_limit(request.options, request.config_file)
-    folder = request.workdir or default_workdir(request.output)
-    with working(folder, request.say, keep=request.workdir is not None) as workdir:
-        workdir.claim(inputs_of(source, config), restart=request.restart)
+    options = WorkOptions(
+        request.workdir or default_folder(request.output),
+        keep=request.workdir is not None,
+        restart=request.restart,
+        memory=memory_limit(request.options.get("memory"), request.config_file),
+        threads=request.threads,
+        say=request.say,
+    )
+    with session(options, inputs_of(source, config)) as work:
         sweep(request.output.parent, request.output.name)
-        caches = Caches(memory, workdir.spill)
         result = compile_source(
-            source, config, progress, dump=_dumper(request.dump), checkpoints=workdir, caches=caches
+            source, config, progress, dump=_dumper(request.dump), checkpoints=work.checkpoints, caches=work.caches
         )
         start = time.perf_counter()
         bundle = build(result.lowered, device_code, progress)
         result.seconds["kernels"] = time.perf_counter() - start
         size = write(to_artifact(result, bundle), request.output)
-        found = {**summary(result, source, request.output, size), "device": describe(bundle)}
-        return {**found, "resumed": _resumed(result, workdir), "caches": caches.report()}
-
-
-def default_workdir(output: Path) -> Path:
-    """The working folder beside an output file."""
-    return output.with_name(f"{output.name}.work")
+        return {**summary(result, source, request.output, size), "device": describe(bundle), **work.report(result.restored)}
 
 
 def compile_model(
@@ -121,6 +119,7 @@ def compile_model(
     workdir: str | Path | None = None,
     restart: bool = False,
     memory: int | str | None = None,
+    threads: int | None = None,
     **options: Any,
 ) -> CompileResult:
     """Compile a file, a folder, a module or a loaded source.
@@ -133,9 +132,10 @@ def compile_model(
         batches: batch sizes of that code.
         progress: receives stages and steps.
         workdir: folder for checkpoints: the same call with it starts from where the last one stopped. It is kept;
-            without one nothing is. What is resumed or damaged is told to the logger "edadm_compile.driver.compile".
+            without one nothing is. What is resumed or damaged is told to the logger "edadm_compile".
         restart: discard the checkpoints of an earlier call.
         memory: most bytes of caches in memory, as a number or as "4GB"; what exceeds it is spilled to `workdir`.
+        threads: threads that compute; the last bits of a result depend on it. None for torch's setting.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
             `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
 
@@ -155,26 +155,13 @@ def compile_model(
     config = config or QuantConfig()
     device_code = DeviceOptions(parse_targets(targets), tuple(batches)) if output is not None else DeviceOptions(())
     _check_device_code(config, device_code)
-    limit = parse_memory(memory) if isinstance(memory, str) else memory
-    if workdir is None:
-        if limit is not None:
-            raise InputError("compile_model: memory=... needs workdir=..., where caches beyond it go")
-        result = compile_source(source, config, progress)
-        _write_output(result, output, device_code, progress)
-        return result
-    with working(Path(workdir), logging.getLogger(__name__).warning, keep=True) as folder:
-        folder.claim(inputs_of(source, config), restart=restart)
-        caches = Caches(limit, folder.spill)
-        result = compile_source(source, config, progress, checkpoints=folder, caches=caches)
-        _write_output(result, output, device_code, progress)
-        return result
-
-
-def _write_output(
-    result: CompileResult, output: str | Path | None, options: DeviceOptions, progress: Progress | None
-) -> None:
-    if output is not None:
-        write(to_artifact(result, build(result.lowered, options, progress or Silent())), Path(output))
+    folder = None if workdir is None else Path(workdir)
+    work = WorkOptions(folder, keep=True, restart=restart, memory=memory_limit(memory), threads=threads)
+    with session(work, inputs_of(source, config)) as found:
+        result = compile_source(source, config, progress, checkpoints=found.checkpoints, caches=found.caches)
+        if output is not None:
+            write(to_artifact(result, build(result.lowered, device_code, progress or Silent())), Path(output))
+    return result
 
 
 def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfig:
@@ -184,7 +171,7 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
         ConfigError: contradicting or invalid settings.
     """
     values = load_config(config_file) if config_file is not None else {}
-    values.pop("memory", None)  # decides no result: see `_memory_limit`
+    values.pop("memory", None)  # decides no result: see `edadm_compile.driver.session`
     preset = options.get("preset")
     if preset is not None:
         values["weight_bits"], values["act_bits"] = PRESETS[preset]
@@ -218,6 +205,7 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         "allocation": result.allocation,
         "units": result.stats.get("reconstruct", {}).get("units", []),
         "average_bits": result.stats["assign_widths"]["average_bits"],
+        "computed_with": machine(),
         **({"mixed_precision": mixed} if (mixed := result.stats["assign_widths"].get("mixed")) else {}),
         "versions": {
             "edadm_compile": edadm_compile.__version__,
@@ -252,27 +240,6 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
         "total_seconds": round(sum(result.seconds.values()), 1),
         "float_layers": {row["layer"]: row["note"] for row in rows if row["executed"] == "float"},
         "notes": list(result.lowered.notes),
-    }
-
-
-def _memory_limit(options: dict[str, Any], config_file: Path | None) -> int | None:
-    """Bytes of ``--memory``, else of ``memory`` in the settings file, else None."""
-    text = options.get("memory")
-    if text is None and config_file is not None:
-        text = load_config(config_file).get("memory")
-    return None if text is None else parse_memory(text)
-
-
-def _resumed(result: CompileResult, workdir: Workdir) -> dict[str, Any] | None:
-    """What came from an earlier run, and how long that had taken; None when nothing did."""
-    if not result.restored:
-        return None
-    return {
-        "workdir": str(workdir.folder),
-        "stages": list(result.restored),
-        "blocks": sum(name.startswith("reconstruct.") for name in workdir.restored),
-        "seconds": {k: round(v, 1) for k, v in result.restored.items()},
-        "total_seconds": round(sum(result.restored.values()), 1),
     }
 
 

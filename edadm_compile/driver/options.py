@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any
 
 from edadm_compile.errors import InputError
@@ -64,18 +62,3 @@ def parse_batches(text: str | None) -> tuple[int, ...] | None:
     if found[0] < 1:
         raise InputError(f"--batch: got {text!r}, expected positive integers joined by commas, such as 1,8,64")
     return found
-
-
-_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}, **{f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}}  # fmt: skip
-
-
-def parse_memory(text: Any) -> int:
-    """``4GB``, ``512MiB`` or a number of bytes, as bytes; 0 spills everything.
-
-    Raises:
-        InputError: anything else.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(text).lower())
-    if found is None or found[2] not in _UNITS or isinstance(text, bool):
-        raise InputError(f"memory: got {text!r}, expected a size such as 4GB, 512MiB or 1.5GB")
-    return math.floor(float(found[1]) * _UNITS[found[2]])

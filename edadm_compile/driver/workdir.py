@@ -15,7 +15,6 @@ Every file is written whole or not at all. ``docs/reliability.md`` describes wha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,8 @@ from typing import Any
 
 from edadm_compile.driver.checkpoint_file import DamagedCheckpoint, decode, encode
 from edadm_compile.driver.fingerprint import differences, identity, machine, program_of
-from edadm_compile.errors import EdadmError, ResourceError, ResumeError, Stopped
+from edadm_compile.driver.folder_lock import take_lock
+from edadm_compile.errors import ResourceError, ResumeError
 from edadm_compile.ir.program import Program
 from edadm_compile.passes.checkpoint import Saved
 from edadm_compile.runtime.atomic import replace_file, sync_folder
@@ -59,7 +59,7 @@ class Workdir:
         self._made = not folder.exists()
         try:
             folder.mkdir(exist_ok=True)
-            self._lock = _lock(folder / "lock")
+            self._lock = take_lock(folder / "lock")
         except OSError as error:
             raise ResourceError(
                 f"cannot work in {folder}: {error.strerror or error}; name a writable folder with --workdir"
@@ -160,7 +160,7 @@ class Workdir:
 
     def close(self) -> None:
         """Let others use the folder; one that was made in vain is removed."""
-        if self._made and not (self.folder / "run.json").exists() and self.folder.exists():
+        if self._made and not self._kept and self.folder.exists():
             self.remove()
         if self._lock is not None:
             os.close(self._lock)
@@ -228,35 +228,6 @@ class Workdir:
             ) from None
 
 
-@contextlib.contextmanager
-def working(folder: Path, say: Callable[[str], None], *, keep: bool) -> Iterator[Workdir]:
-    """A working folder for the time of a compilation.
-
-    Args:
-        keep: leave it after success.
-
-    Raises:
-        Stopped: on SIGINT or SIGTERM, with what was kept.
-    """
-    workdir = Workdir(folder, say)
-    try:
-        yield workdir
-    except KeyboardInterrupt as error:
-        kept = workdir.kept()
-        what = "terminated" if getattr(error, "signum", 2) == 15 else "interrupted"
-        then = f"{kept} are kept in {folder}; the same command resumes from there" if kept else "nothing was kept"
-        raise Stopped(f"{what}: no file was written; {then}", getattr(error, "signum", 2)) from None
-    except EdadmError:
-        if kept := workdir.kept():
-            say(f"{kept} are kept in {folder}")
-        raise
-    else:
-        if not keep:
-            workdir.remove()
-    finally:
-        workdir.close()
-
-
 def _in_words(names: list[str]) -> str:
     blocks = sum("." in name for name in names)
     words = [word for name, word in _WORDS.items() if name in names]
@@ -275,28 +246,3 @@ def _checked(body: dict[str, Any]) -> bytes:
 
 def _sha(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _lock(path: Path) -> int | None:
-    """An open descriptor that holds the lock; None where the file system has no locks.
-
-    Raises:
-        ResourceError: another process holds it.
-    """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except FileNotFoundError:
-            pass  # removed by the process that held it: take the lock of a new file
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ResourceError(
-                f"another process is compiling in {path.parent}; wait for it, or name another folder with --workdir"
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            return None
-        os.close(descriptor)
