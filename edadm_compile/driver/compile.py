@@ -104,7 +104,11 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
         bundle = build(result.lowered, device_code, progress)
         result.seconds["kernels"] = time.perf_counter() - start
         size = write(to_artifact(result, bundle), request.output)
-        return {**summary(result, source, request.output, size), "device": describe(bundle), **work.report(result.restored)}
+        return {
+            **summary(result, source, request.output, size),
+            "device": describe(bundle),
+            **work.report(result.restored),
+        }
 
 
 def compile_model(

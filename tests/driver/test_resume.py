@@ -1,7 +1,6 @@
 """Compilations that are stopped and run again: the bytes of the file are those of one run."""
 
 import dataclasses
-import logging
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from edadm_compile.config import ReconstructionConfig
 from edadm_compile.driver.compile import compile_model, to_artifact
 from edadm_compile.driver.session import WorkOptions, parse_memory, session
 from edadm_compile.driver.workdir import Workdir
-from edadm_compile.errors import ConfigError, InputError, ResourceError, ResumeError, Stopped
+from edadm_compile.errors import InputError, ResourceError, ResumeError, Stopped
 from edadm_compile.passes.reconstruct import UnitTrainer
 from edadm_compile.pipeline import compile_source
 from edadm_compile.runtime.artifact import to_bytes
@@ -50,7 +49,7 @@ def test_stopped_and_resumed_many_times(labelled_source, data, tmp_path, monkeyp
     result = compile_model(labelled_source, CONFIG, workdir=folder, memory=0)
     assert _bytes(result) == data
     assert {"calibration", "assign_widths", "calibrate", "reconstruct"} <= set(result.restored)
-    assert "resuming from" in caplog.text and "damaged" not in caplog.text
+    assert "resuming from" in caplog.text and "is damaged" not in caplog.text
     blocks = len(list((folder / "stages").glob("reconstruct.joint.*")))
     assert blocks == len(result.stats["reconstruct"]["units"]) > 4
 
@@ -78,7 +77,7 @@ def test_damaged_checkpoints_are_made_again(labelled_source, data, tmp_path, cap
         content[-1] ^= 1
         path.write_bytes(content)
     assert _bytes(compile_model(labelled_source, CONFIG, workdir=tmp_path)) == data
-    assert [r.message.split(" is damaged")[0].rpartition("/")[2] for r in caplog.records if "damaged" in r.message] == [
+    assert [r.message.split(" is damaged")[0].rpartition("/")[2] for r in caplog.records if "is damaged" in r.message] == [
         "calibration.safetensors", "reconstruct.joint.002.safetensors", "mean_correction.safetensors",
     ]  # fmt: skip
 
@@ -121,19 +120,20 @@ def test_every_kind_of_stage_is_restored_exactly(settings, tmp_path, monkeypatch
     assert _bytes(compile_model(source, config, workdir=tmp_path)) == once
 
 
-def test_the_number_of_threads_is_a_setting_and_recorded(tmp_path):
-    """Sums of gradients depend on it: with --threads they do not depend on the machine's cores."""
-    config, source = small_config(quality=None) if False else small_config(), source_of(TinyUNet())
-    before = torch.get_num_threads()
-    results = {}
-    for outside in (1, 2):
+def test_the_number_of_threads_is_a_setting_and_recorded():
+    """Sums of gradients depend on it; with a fixed number they do not depend on what the machine has."""
+    config, source = small_config(reconstruction=ReconstructionConfig(iters=2, batch=8)), source_of(TinyUNet(width=16))
+    before, files = torch.get_num_threads(), []
+    for outside, inside in ((1, None), (2, 1), (2, None), (1, 2)):
         torch.set_num_threads(outside)
         try:
-            for inside in (1, 2):
-                results[outside, inside] = to_artifact(compile_model(source, config, threads=inside)) if False else None
+            files.append(to_artifact(compile_model(source, config, threads=inside)))
+            assert torch.get_num_threads() == outside
         finally:
             torch.set_num_threads(before)
-    assert results
+    assert [f.manifest["computed_with"]["threads"] for f in files] == ["1", "1", "2", "2"]
+    data = [to_bytes(f) for f in files]
+    assert data[0] == data[1] and data[2] == data[3]
 
 
 def test_sizes_of_memory():

@@ -241,7 +241,7 @@ def test_a_full_disk_keeps_what_was_kept(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_made_is_explained(tmp_path):
-    with pytest.raises(ResourceError, match="cannot work in .*; name a writable folder with --workdir"):
+    with pytest.raises(ResourceError, match=r"cannot work in .*; name a writable folder with --workdir"):
         Workdir(tmp_path / "missing" / "w", _Listener())
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="cannot work in"):
