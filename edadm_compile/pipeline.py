@@ -23,7 +23,7 @@ from edadm_compile.passes.base import Context, Pass, Progress, Silent, run_passe
 from edadm_compile.passes.caches import Caches
 from edadm_compile.passes.calibrate import Calibrate
 from edadm_compile.passes.canonicalize import Canonicalize
-from edadm_compile.passes.checkpoint import Checkpoints, NoCheckpoints, Saved, resumed
+from edadm_compile.passes.checkpoint import Checkpoints, NoCheckpoints, Saved, machine, resumed
 from edadm_compile.passes.decompose_attention import DecomposeAttention
 from edadm_compile.passes.float_outputs import FloatOutputs
 from edadm_compile.passes.fold_attention import FoldAttention
@@ -83,6 +83,7 @@ class CompileResult:
         allocation: calibration samples per sampler step.
         float_bytes: size of the source's parameters in fp16.
         restored: seconds that earlier runs spent on what this one took from checkpoints, by stage.
+        computed_with: what the last bits depend on besides inputs and versions (`edadm_compile.passes.checkpoint.machine`).
     """
 
     qdq: Program
@@ -95,6 +96,7 @@ class CompileResult:
     float_bytes: int = 0
     source: dict[str, Any] = field(default_factory=dict)
     restored: dict[str, float] = field(default_factory=dict)
+    computed_with: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         quality = "not measured" if self.quality is None else f"{self.quality.sqnr:.1f} dB"
@@ -165,7 +167,7 @@ def compile_source(
         restored[stage] = restored.get(stage, 0.0) + spent
     return CompileResult(
         qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance(),
-        restored,
+        restored, machine(),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import edadm_compile
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
 from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, options_of
-from edadm_compile.driver.fingerprint import inputs_of, machine
+from edadm_compile.driver.fingerprint import inputs_of
 from edadm_compile.driver.options import guidance_options, load_options
 from edadm_compile.driver.session import LOG, WorkOptions, default_folder, memory_limit, session
 from edadm_compile.errors import ArtifactError, ConfigError, InputError
@@ -209,7 +209,7 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         "allocation": result.allocation,
         "units": result.stats.get("reconstruct", {}).get("units", []),
         "average_bits": result.stats["assign_widths"]["average_bits"],
-        "computed_with": machine(),
+        "computed_with": result.computed_with,
         **({"mixed_precision": mixed} if (mixed := result.stats["assign_widths"].get("mixed")) else {}),
         "versions": {
             "edadm_compile": edadm_compile.__version__,
@@ -277,12 +277,14 @@ def _check_writable(output: Path) -> None:
 def _dumper(folder: Path | None) -> Any:
     if folder is None:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     counter = iter(range(100))
 
     def dump(name: str, program: Program) -> None:
-        (folder / f"{next(counter):02d}_{name}.txt").write_text(
-            f"# dialect {program.dialect}\n{program.graph_module.graph}\n"
-        )
+        text = f"# dialect {program.dialect}\n{program.graph_module.graph}\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{next(counter):02d}_{name}.txt").write_text(text)
+        except OSError as error:
+            raise ArtifactError(f"--dump-graphs: cannot write to {folder}: {error.strerror or error}") from None
 
     return dump

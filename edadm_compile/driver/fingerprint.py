@@ -53,7 +53,7 @@ def program_of(program: Program) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    found = {name: _version(name) for name in _PACKAGES}
     return {
         "edadm_compile": f"{edadm_compile.__version__} (source {_source_digest()[:12]})",
         "python": platform.python_version(),
@@ -61,9 +61,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine() -> dict[str, str]:
-    """What may change the order of float sums, and so the last bits, without being an input."""
-    return {"threads": str(torch.get_num_threads()), "cpu": torch.backends.cpu.get_cpu_capability()}
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
 
 
 @cache

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from edadm_compile.driver.checkpoint_file import DamagedCheckpoint, decode, encode
-from edadm_compile.driver.fingerprint import differences, identity, machine, program_of
+from edadm_compile.driver.fingerprint import differences, identity, program_of
 from edadm_compile.driver.folder_lock import take_lock
 from edadm_compile.errors import ResourceError, ResumeError
 from edadm_compile.ir.program import Program
-from edadm_compile.passes.checkpoint import Saved
+from edadm_compile.passes.checkpoint import Saved, machine
 from edadm_compile.runtime.atomic import replace_file, sync_folder
 
 FORMAT = "edadm_compile.workdir/1"

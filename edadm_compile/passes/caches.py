@@ -121,7 +121,7 @@ class Caches:
                 room = mmap.mmap(stream.fileno(), size)
         except OSError as error:
             raise ResourceError(
-                f"cannot spill {size / 1e9:.2f} GB of caches to {self._folder}: {error.strerror or error}; free space "
+                f"cannot spill {size / 1e6:.1f} MB of caches to {self._folder}: {error.strerror or error}; free space "
                 "there, name another folder with --workdir, or allow more with --memory"
             ) from None
         return torch.frombuffer(room, dtype=dtype, count=count)  # keeps the map open as long as it lives

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from edadm_compile.ir.program import Program
@@ -108,3 +109,8 @@ def load_all(checkpoints: Checkpoints, names: Sequence[str]) -> list[Saved] | No
             return None
         found.append(saved)
     return found
+
+
+def machine() -> dict[str, str]:
+    """What may change the order of float sums, and so the last bits, without being an input."""
+    return {"threads": str(torch.get_num_threads()), "cpu": torch.backends.cpu.get_cpu_capability()}

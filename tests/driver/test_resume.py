@@ -124,16 +124,15 @@ def test_the_number_of_threads_is_a_setting_and_recorded():
     """Sums of gradients depend on it; with a fixed number they do not depend on what the machine has."""
     config, source = small_config(reconstruction=ReconstructionConfig(iters=2, batch=8)), source_of(TinyUNet(width=16))
     before, files = torch.get_num_threads(), []
-    for outside, inside in ((1, None), (2, 1), (2, None), (1, 2)):
+    for outside, inside in ((1, None), (2, 1)):
         torch.set_num_threads(outside)
         try:
             files.append(to_artifact(compile_model(source, config, threads=inside)))
             assert torch.get_num_threads() == outside
         finally:
             torch.set_num_threads(before)
-    assert [f.manifest["computed_with"]["threads"] for f in files] == ["1", "1", "2", "2"]
-    data = [to_bytes(f) for f in files]
-    assert data[0] == data[1] and data[2] == data[3]
+    assert [f.manifest["computed_with"]["threads"] for f in files] == ["1", "1"]
+    assert to_bytes(files[0]) == to_bytes(files[1])
 
 
 def test_sizes_of_memory():
