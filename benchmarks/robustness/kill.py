@@ -46,19 +46,7 @@ _CONFIG = {
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "norm_num_groups": 8, "attention_head_dim": 8,
 }  # fmt: skip
-_OPTIONS = [
-    "--w4a8",
-    "--iters",
-    "4",
-    "--calib-samples",
-    "16",
-    "--steps",
-    "4",
-    "--targets",
-    "none",
-    "--config",
-    "SETTINGS",
-]
+_OPTIONS = "--w4a8 --iters {iters} --calib-samples 16 --steps 4 --targets none --config {folder}/settings.toml"
 #: Most kills of the chain.
 _CHAIN = 8
 
@@ -215,16 +203,16 @@ def experiment() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", type=Path, help="default: a small UNet with random weights")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--iters", type=int, default=40, help="where no options are given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--log", type=Path, required=True)
     parser.add_argument("options", nargs="*", help="options of the compilation, behind --")
     found = parser.parse_args()
-    options = found.options or _OPTIONS
     draw = random.Random(found.seed)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, found.log.open("w") as log:
         model = found.model or _small_model(Path(name))
-        options = [option.replace("SETTINGS", f"{name}/settings.toml") for option in options]
+        options = found.options or _OPTIONS.format(iters=found.iters, folder=name).split()
         trial = Trial(["compile", str(model), *options], Path(name) / "out", log)
         trial.folder.mkdir()
         trial.tell(f"$ edadm-compile {model.name} {' '.join(options)}".replace(f"{name}/", ""))

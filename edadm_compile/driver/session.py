@@ -165,4 +165,5 @@ def parse_memory(text: Any) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(text).lower())
     if found is None or found[2] not in _UNITS or isinstance(text, bool):
         raise InputError(f"memory: got {text!r}, expected a size such as 4GB, 512MiB or 1.5GB")
-    return math.floor(float(found[1]) * _UNITS[found[2]])
+    size: int = math.floor(float(found[1]) * _UNITS[found[2]])
+    return size

@@ -112,7 +112,7 @@ def test_killed_processes_leave_what_the_next_one_needs(tmp_path):
     """The kill test of benchmarks/results, with two moments and a chain of two kills."""
     script, log = ROOT / "benchmarks" / "robustness" / "kill.py", tmp_path / "kill.log"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", script, "--kills", "2", "--seed", "3", "-o", log]
+    command = [sys.executable, "-W", "ignore", script, "--kills", "2", "--iters", "4", "--seed", "3", "-o", log]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 2 resumed files and the chain's equal the uninterrupted one" in log.read_text()
