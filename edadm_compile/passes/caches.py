@@ -78,6 +78,13 @@ class Caches:
         room.copy_(value)
         return room
 
+    def mean_square(self, value: Tensor) -> Tensor:
+        """``value.float().square().mean()``, bit for bit, without a copy of [N, ...] in memory beyond the limit."""
+        scratch = self.empty(value.shape[0], value[:2].float())
+        mean = scratch.copy_(value).square_().mean()
+        self.release(scratch)
+        return mean
+
     def release(self, *values: Tensor) -> None:
         """Values from here that nobody reads any more; their memory is free once the last reference is gone."""
         for value in values:

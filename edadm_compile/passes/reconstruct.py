@@ -81,10 +81,11 @@ class UnitTrainer:
         if self.method.layer_loss_weight == 0:
             self.watched = []
         self.streams = streams
-        self.targets = streams.float_targets(self.closure, [unit.output, *self.watched])
+        stored = getattr(torch, self.config.target_dtype)
+        self.targets = streams.float_targets(self.closure, [unit.output, *self.watched], stored)
         self.rowless = [n for n in (unit.output, *self.watched) if n not in self.targets]
         examples = self.targets | self._computed(self._parts()[0])
-        self.energy = {n: v.square().mean().clamp(min=1e-12) for n, v in examples.items()}
+        self.energy = {n: streams.caches.mean_square(v).clamp(min=1e-12) for n, v in examples.items()}
         trained = () if phase == "scales" else unit.layers  # with "weights", activation quantizers are switched off
         self.weights = [(n, self._quantizer(n.args[1]), layer_weight(program, n)) for n in trained]
         # A closure may recompute what belongs to an earlier unit: its quantizers are final.
@@ -179,7 +180,7 @@ class UnitTrainer:
 
     def _sampled(self, rows: Tensor) -> dict[fx.Node, Tensor]:
         """Targets of some samples: stored ones by row, others computed."""
-        return {n: v[rows] for n, v in self.targets.items()} | self._computed(rows)
+        return {n: v[rows].float() for n, v in self.targets.items()} | self._computed(rows)
 
     def _computed(self, rows: Tensor) -> dict[fx.Node, Tensor]:
         return self.streams.float_rows(self.closure, self.rowless, rows) if self.rowless else {}

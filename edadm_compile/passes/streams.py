@@ -142,10 +142,12 @@ class Streams:
         for node in nodes:
             self.caches.release(self.float_values.pop(node), self.quant_values.pop(node))
 
-    def float_targets(self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
-        """Float values [N, ...] of those of `wanted` inside a closure that have one row per sample."""
+    def float_targets(
+        self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node], dtype: torch.dtype = torch.float32
+    ) -> dict[fx.Node, Tensor]:
+        """Float values [N, ...] of those of `wanted` inside a closure that have one row per sample, stored as `dtype`."""
         with float_mode(self.program):
-            return self.run(closure, self.float_values, [n for n in wanted if is_batched(n)])
+            return self.run(closure, self.float_values, [n for n in wanted if is_batched(n)], dtype)
 
     def float_rows(self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node], rows: Tensor) -> dict[fx.Node, Tensor]:
         """Float values of nodes inside a closure for some samples, whatever their layout (tokens of all samples in one list, say)."""
@@ -155,9 +157,13 @@ class Streams:
         return {n: values[n] for n in wanted}
 
     def run(
-        self, closure: Sequence[fx.Node], stored: dict[fx.Node, Tensor], wanted: Sequence[fx.Node]
+        self,
+        closure: Sequence[fx.Node],
+        stored: dict[fx.Node, Tensor],
+        wanted: Sequence[fx.Node],
+        dtype: torch.dtype = torch.float32,
     ) -> dict[fx.Node, Tensor]:
-        """Run a closure over all samples in chunks; returns the wanted values [N, ...], in caches."""
+        """Run a closure over all samples in chunks; returns the wanted values [N, ...], in caches, float32 as `dtype`."""
         inputs = self.stored_inputs(closure)
         found: dict[fx.Node, Tensor] = {}
         with torch.no_grad():
@@ -167,6 +173,9 @@ class Streams:
                 run_nodes(self._module, closure, values)
                 for node in wanted:
                     if node not in found:
-                        found[node] = self.caches.empty(self.total, values[node])
+                        like = values[node]
+                        found[node] = self.caches.empty(
+                            self.total, like.to(dtype) if like.dtype == torch.float32 else like
+                        )
                     found[node][window] = values[node]
         return found

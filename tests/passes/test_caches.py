@@ -74,3 +74,12 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)  # a map whose blocks are not reserved would end in SIGBUS
     with pytest.raises(ResourceError, match=r"cannot spill .*No space left on device; free space there"):
         Caches(0, tmp_path).empty(2, ROW)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_mean_square_has_the_same_bits_within_the_limit(tmp_path, layout):
+    value = torch.randn(70, 8, 16, 16).contiguous(memory_format=layout)
+    caches = Caches(1000, tmp_path)
+    assert torch.equal(caches.mean_square(value), value.square().mean())
+    assert caches.use.memory_peak == 0 and caches.use.spilled_peak == value.numel() * 4 and caches.use.spilled == 0
+    assert torch.equal(caches.mean_square(value.bfloat16()), value.bfloat16().float().square().mean())
