@@ -74,6 +74,8 @@ class ReconstructionConfig:
         qdrop: probability that an activation element stays unquantized while training.
         rounding_weight: weight of AdaRound's 0/1 regulariser, annealed from b = 20 to 2 (0: off).
         max_layers: largest number of layers in one block.
+        target_dtype: type that the float model's values inside a block are cached in: "float32", or "bfloat16" for half
+            the memory.
     """
 
     iters: int = 200
@@ -85,6 +87,7 @@ class ReconstructionConfig:
     qdrop: float | None = None
     rounding_weight: float | None = None
     max_layers: int = 8
+    target_dtype: str = "float32"
 
     def __repr__(self) -> str:
         """What differs from the defaults."""
@@ -157,6 +160,7 @@ class QuantConfig:
         _at_least("reconstruction.iters", self.reconstruction.iters, 0)
         _at_least("reconstruction.batch", self.reconstruction.batch, 1)
         _at_least("reconstruction.max_layers", self.reconstruction.max_layers, 1)
+        _one_of("reconstruction.target_dtype", self.reconstruction.target_dtype, ("float32", "bfloat16"))
         for name in ("lr_weight", "lr_scale", "block_loss_weight", "layer_loss_weight", "rounding_weight"):
             _at_least(f"reconstruction.{name}", getattr(self.reconstruction, name) or 0.0, 0)
         if self.recipe.phases and not self.recipe.block_loss_weight and not self.recipe.layer_loss_weight:

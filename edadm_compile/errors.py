@@ -14,6 +14,9 @@
     ├── TargetError           a GPU without code in the file, or a missing tool to make or run it
     ├── ExportError           a program, or a request, that has no ONNX form
     └── ParallelError         processes of one run that do not find each other, or lost one
+    └── ResourceError         out of memory, no space for checkpoints or caches, or a working folder in use
+        └── ResumeError       a working folder that belongs to another compilation
+    Stopped                   SIGINT or SIGTERM, with what was kept (a KeyboardInterrupt, no EdadmError)
 
 Messages say what happened, where, what was found, what is allowed and what to do next.
 """
@@ -98,3 +101,22 @@ class ParallelError(EdadmError):
     """The processes of a run under ``torchrun`` cannot go on together."""
 
     exit_code = 11
+
+
+class ResourceError(EdadmError):
+    """The machine ran out of memory or disk space, or a working folder cannot be used."""
+
+    exit_code = 10
+
+
+class ResumeError(ResourceError):
+    """A working folder holds another compilation than the one that was asked for."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop; ``exit_code`` is 128 and the signal's number, as shells have it."""
+
+    def __init__(self, message: str = "", signum: int = 2) -> None:
+        super().__init__(message)
+        self.signum = signum
+        self.exit_code = 128 + signum

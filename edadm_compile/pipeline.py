@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from edadm_compile import notebook
 from edadm_compile.calibration import sampler
 from edadm_compile.calibration.collect import collect
+from edadm_compile.calibration.dataset import CalibrationSet
 from edadm_compile.calibration.given import CalibrationSamples
 from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
@@ -23,8 +24,10 @@ from edadm_compile.kernels import reference as _reference  # registers the opera
 from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.assign_widths import AssignWidths
 from edadm_compile.passes.base import Context, Pass, Progress, Silent, run_passes
+from edadm_compile.passes.caches import Caches
 from edadm_compile.passes.calibrate import Calibrate
 from edadm_compile.passes.canonicalize import Canonicalize
+from edadm_compile.passes.checkpoint import Checkpoints, NoCheckpoints, Saved, machine, resumed
 from edadm_compile.passes.decompose_attention import DecomposeAttention
 from edadm_compile.passes.finite import check_parameters
 from edadm_compile.passes.float_outputs import FloatOutputs
@@ -34,6 +37,7 @@ from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
+from edadm_compile.passes.out_of_memory import memory_guard
 from edadm_compile.passes.reconstruct import Reconstruct
 from edadm_compile.passes.row_shares import check_divisible
 from edadm_compile.passes.rule_check import check_rules
@@ -89,6 +93,8 @@ class CompileResult:
         source: where the model came from.
         selection: why the samples were allocated so, see `edadm_compile.calibration.dataset.CalibrationSet.selection`.
         warnings: sentences about values that the result should not be trusted with unseen; each names a layer.
+        restored: seconds that earlier runs spent on what this one took from checkpoints, by stage.
+        computed_with: what the last bits depend on besides inputs and versions (`edadm_compile.passes.checkpoint.machine`).
     """
 
     qdq: Program
@@ -102,6 +108,8 @@ class CompileResult:
     source: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    restored: dict[str, float] = field(default_factory=dict)
+    computed_with: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         quality = "not measured" if self.quality is None else f"{self.quality.sqnr:.1f} dB"
@@ -138,6 +146,8 @@ def compile_source(
     calibration: CalibrationSamples | None = None,
     block_finished: Callable[[BlockFinished], None] = lambda event: None,
     world: World | None = None,
+    checkpoints: Checkpoints | None = None,
+    caches: Caches | None = None,
 ) -> CompileResult:
     """Compile a loaded source with a configuration.
 
@@ -148,11 +158,20 @@ def compile_source(
         calibration: samples of the user's own, in place of those that are collected.
         block_finished: told each reconstructed block.
         world: the processes that compile together (`edadm_compile.parallel.launch`); all get the result.
+        checkpoints: results of an earlier run, and where those of this one go; none by default.
+        caches: room for values of the whole calibration set; in memory by default.
 
     Raises:
         EdadmError: see `edadm_compile.errors`.
     """
-    ctx = Context(config, progress=progress or Silent(), block_finished=block_finished, world=world or World())
+    ctx = Context(
+        config,
+        progress=progress or Silent(),
+        block_finished=block_finished,
+        world=world or World(),
+        checkpoints=checkpoints or NoCheckpoints(),
+        caches=caches or Caches(),
+    )
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     torch.manual_seed(config.seed)  # nothing draws from the global generator, schedulers of other people might
@@ -164,27 +183,30 @@ def compile_source(
     check_rules(program, config)
     check_reachable(program, config)
     check_divisible(program, ctx)
+    ctx.checkpoints.begin(program)
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
-    ctx.calibration = collect(
-        program, config, ctx.generator(1), pool=source.conditions, given=calibration, advance=ctx.progress.advance,
-        world=ctx.world,
-    )  # fmt: skip
+    ctx.calibration = _calibration(program, source, calibration, ctx).moved(ctx.caches.keep)
     _warn_of_steps(ctx)
     clock.mark("calibration")
     result = program
     for item in quant_passes():
-        result = run_passes(result, [item], ctx, dump)
+        with memory_guard(f"in the stage {item.name.replace('_', ' ')}", "free memory, or take fewer --calib-samples"):
+            result = run_passes(result, [item], ctx, dump)
         if item.name == "freeze":
             qdq = result
         clock.mark(item.name)
     verify(qdq)
-    measured = _quality(program, result, source, ctx) if quality else None
+    measured = _measured(program, result, source, ctx) if quality else None
     clock.mark("quality")
     counts = ctx.calibration.allocation.counts.tolist()
+    restored: dict[str, float] = {}
+    for name, spent in ctx.checkpoints.restored.items():
+        stage = name.partition(".")[0]
+        restored[stage] = restored.get(stage, 0.0) + spent
     return CompileResult(
         qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance(),
-        ctx.calibration.selection(), ctx.all_warnings(),
+        ctx.calibration.selection(), ctx.all_warnings(), restored, machine(),
     )  # fmt: skip
 
 
@@ -197,6 +219,43 @@ def _warn_of_steps(ctx: Context) -> None:
             f"{int(counts.sum())} calibration sample(s) for {counts.numel()} sampler steps: {without} steps have none, and "
             f"all layers are calibrated without them; give --calib-samples {counts.numel()} or more"
         )
+
+
+def _calibration(program: Program, source: Source, given: CalibrationSamples | None, ctx: Context) -> CalibrationSet:
+    def make() -> CalibrationSet:
+        with memory_guard("collecting calibration samples", "free memory, or take fewer --calib-samples"):
+            return collect(
+                program, ctx.config, ctx.generator(1), pool=source.conditions, given=given,
+                advance=ctx.progress.advance, world=ctx.world,
+            )  # fmt: skip
+
+    return resumed(
+        ctx.checkpoints,
+        "calibration",
+        make,
+        lambda made: Saved(*made.to_tensors()),
+        lambda saved: CalibrationSet.from_tensors(saved.tensors, saved.values),
+    )
+
+
+def _measured(program: Program, lowered: Program, source: Source, ctx: Context) -> NoiseComparison:
+    def restore(saved: Saved) -> NoiseComparison:
+        values = saved.values
+        branches = values["branches"]
+        return NoiseComparison(
+            values["sqnr"],
+            values["sqnr_without_last"],
+            tuple(values["per_step"]),
+            None if branches is None else (branches[0], branches[1]),
+        )
+
+    return resumed(
+        ctx.checkpoints,
+        "quality",
+        lambda: _quality(program, lowered, source, ctx),
+        lambda made: Saved(values=asdict(made)),
+        restore,
+    )
 
 
 def _evaluations(program: Program, config: QuantConfig) -> int:

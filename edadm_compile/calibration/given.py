@@ -87,7 +87,7 @@ def given_set(program: Program, samples: CalibrationSamples, trajectories: Traje
     step = (trajectories.t.double()[None, :] - t.double()[:, None]).abs().argmin(dim=1)
     counts = torch.bincount(step, minlength=trajectories.t.numel())
     zeros = torch.zeros(counts.numel(), dtype=torch.float64)
-    sha = _digest([x, t, *conditions])
+    sha = digest_of([x, t, *conditions])
     if program.sampler.guided:
         x, t, step, conditions = _doubled(program.sampler, x, t, step, conditions)
     return CalibrationSet(x, t, tuple(conditions), step, Allocation(counts, zeros, zeros, 0.0), trajectories, sha)
@@ -100,7 +100,8 @@ def _doubled(
     return x.repeat_interleave(2, dim=0), t.repeat_interleave(2), step.repeat_interleave(2), both
 
 
-def _digest(tensors: list[Tensor]) -> str:
+def digest_of(tensors: list[Tensor]) -> str:
+    """SHA-256 of types, shapes and values."""
     sha = hashlib.sha256()
     for value in tensors:
         sha.update(f"{value.dtype} {list(value.shape)}\n".encode())

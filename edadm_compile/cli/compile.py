@@ -17,6 +17,8 @@ from edadm_compile.cli.options import (
     print_json,
     sampler_options,
     source_options,
+    stopping_on_sigterm,
+    work_options,
 )
 from edadm_compile.config import PRESETS
 from edadm_compile.methods import LOSSES, METHODS, SELECTIONS
@@ -87,6 +89,7 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @device_options
 @source_options
 @sampler_options
+@work_options
 @click.option("--report", type=FILE, metavar="FILE.html", help="Also write a page about the result.")
 @click.option("--dump-graphs", type=FILE, metavar="DIR", help="Write the graph after each pass.")
 @output_options("No progress, no summary.")
@@ -104,6 +107,9 @@ def compile(
     batch: str | None,
     store: str | None,
     report: Path | None,
+    workdir: Path | None,
+    restart: bool,
+    threads: int | None,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -126,8 +132,16 @@ def compile(
         batch=batch,
         store=store,
         report=report,
+        workdir=workdir,
+        restart=restart,
+        threads=threads,
+        say=lambda sentence: None if quiet else click.echo(sentence, err=True),
     )
-    with processes() as world, bars.reporter(quiet or not world.leads, verbose) as progress:
+    with (
+        stopping_on_sigterm(),
+        processes() as world,
+        bars.reporter(quiet or not world.leads, verbose) as progress,
+    ):
         summary = driver.run(request, progress, world)
     if not world.leads:
         return

@@ -28,7 +28,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, EdadmError):
         return f"error: {error}", error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted: nothing was written", INTERRUPTED
+        # What was stopped may know what it kept (`edadm_compile.errors.Stopped`).
+        return str(error) or "interrupted: nothing was written", getattr(error, "exit_code", INTERRUPTED)
     if isinstance(error, MemoryError) or any(mark in str(error) for mark in _FULL):
         return "error: out of memory; give the machine more, or ask for less: smaller --batch or --calib-samples", 1
     if isinstance(error, OSError) and error.strerror:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edadm_compile.cli import failures
-from edadm_compile.errors import did_you_mean
+from edadm_compile.errors import Stopped, did_you_mean
 
 debug_option = click.option("--debug", is_flag=True, help="Show a traceback instead of one sentence.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -78,6 +81,49 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def work_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say where unfinished work is kept, and how much memory it may take."""
+    for option in (
+        click.option(
+            "--threads",
+            type=int,
+            metavar="N",
+            help="Threads that compute (default: all cores). The last bits of the result depend on it.",
+        ),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help="Most memory for cached activations, such as 4GB; the rest goes to files in the working folder.",
+        ),
+        click.option("--restart", is_flag=True, help="Discard what an interrupted run left in the working folder."),
+        click.option(
+            "--workdir",
+            type=FILE,
+            metavar="DIR",
+            help="Keep finished stages in DIR and start from them (default: OUTPUT.work, removed after success).",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, with a sentence and its own exit code."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise Stopped("", signum)
+
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers there only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def source_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from edadm_compile.callbacks import Dispatcher, Receiver
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
 from edadm_compile.driver import report as reports
 from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, fitted, options_of
+from edadm_compile.driver.fingerprint import inputs_of
 from edadm_compile.driver.options import guidance_options, load_options
 from edadm_compile.driver.outputs import check_writable
-from edadm_compile.errors import ConfigError, InputError
+from edadm_compile.driver.session import LOG, WorkOptions, default_folder, memory_limit, session
+from edadm_compile.errors import ArtifactError, ConfigError, InputError, ParallelError
 from edadm_compile.evaluate.compare import NoiseComparison
 from edadm_compile.evaluate.metrics import finite
 from edadm_compile.frontend import Source, load_source
@@ -34,6 +36,7 @@ from edadm_compile.pipeline import CompileResult, compile_source
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.report.versions import versions
 from edadm_compile.runtime.artifact import Artifact, write
+from edadm_compile.runtime.atomic import sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Request:
         options: command-line options by name, None where not given.
         targets, batch, store: options of the GPU code to make, None where not given.
         report: HTML page to write, or None.
+        workdir: folder for checkpoints, kept after success; None for one beside the output, removed after success.
+        restart: discard the checkpoints of an earlier run.
+        threads: threads that compute; None for torch's default. The last bits of a result depend on it.
+        say: receives sentences for the user besides progress: what is resumed, what was damaged.
     """
 
     model: Path
@@ -61,6 +68,10 @@ class Request:
     batch: str | None = None
     store: str | None = None
     report: Path | None = None
+    workdir: Path | None = None
+    restart: bool = False
+    threads: int | None = None
+    say: Callable[[str], None] = LOG
 
 
 def run(request: Request, progress: Progress, world: World | None = None) -> dict[str, Any]:
@@ -71,6 +82,7 @@ def run(request: Request, progress: Progress, world: World | None = None) -> dic
 
     Raises:
         EdadmError: bad input, or a failed compilation. An existing output file stays as it was.
+        Stopped: SIGINT or SIGTERM; finished stages are kept in the working folder.
     """
     if request.device != "cpu":
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
@@ -89,20 +101,55 @@ def run(request: Request, progress: Progress, world: World | None = None) -> dic
     source = load_source(
         request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
     )
+    options = WorkOptions(
+        _working_folder(request, world),
+        keep=request.workdir is not None,
+        restart=request.restart,
+        memory=memory_limit(request.options.get("memory"), request.config_file),
+        threads=request.threads,
+        say=request.say,
+    )
     dump = _dumper(request.dump) if world.leads else None
-    result = compile_source(source, config, progress, dump=dump, world=world)
-    if not world.leads:
-        return {}
-    start = time.perf_counter()
-    if device_code.targets:
-        device_code = fitted(device_code, request.store, _beyond(result))
-    bundle = build(result.lowered, device_code, progress)
-    result.seconds["kernels"] = time.perf_counter() - start
-    size = write(to_artifact(result, bundle), request.output)
-    found = {**summary(result, source, request.output, size), "device": describe(bundle)}
+    with session(options, inputs_of(source, config)) as work:
+        if world.leads:
+            sweep(request.output.parent, request.output.name)
+        result = compile_source(
+            source, config, progress, dump=dump, checkpoints=work.checkpoints, caches=work.caches, world=world
+        )
+        if not world.leads:
+            return {}
+        start = time.perf_counter()
+        if device_code.targets:
+            device_code = fitted(device_code, request.store, _beyond(result))
+        bundle = build(result.lowered, device_code, progress)
+        result.seconds["kernels"] = time.perf_counter() - start
+        size = write(to_artifact(result, bundle), request.output)
+        found = {
+            **summary(result, source, request.output, size),
+            "device": describe(bundle),
+            **work.report(result.restored),
+        }
     if request.report is not None:
         found["report"] = reports.after_compile(request.output, source, result.seconds, request.report, progress)
     return found
+
+
+def _working_folder(request: Request, world: World) -> Path | None:
+    """Where finished stages are kept; nowhere while several processes work together.
+
+    Raises:
+        ParallelError: a folder or a limit was asked for all the same.
+    """
+    if world.size == 1:
+        return request.workdir or default_folder(request.output)
+    asked = {"--workdir": request.workdir, "--restart": request.restart, "--memory": request.options.get("memory")}
+    for option, value in asked.items():
+        if value:
+            raise ParallelError(
+                f"{option}: {world.size} processes that compile together keep no working folder; run one process, or "
+                f"leave {option} out"
+            )
+    return None
 
 
 def compile_model(
@@ -116,6 +163,10 @@ def compile_model(
     calibration: CalibrationSamples | None = None,
     callbacks: Receiver | Sequence[Receiver] | None = None,
     report: str | Path | None = None,
+    workdir: str | Path | None = None,
+    restart: bool = False,
+    memory: int | str | None = None,
+    threads: int | None = None,
     world: World | None = None,
     **options: Any,
 ) -> CompileResult:
@@ -132,7 +183,13 @@ def compile_model(
         callbacks: functions of an event, or objects with the methods of `edadm_compile.Callbacks`. What one raises
             ends the compilation, and nothing is written.
         report: HTML page to write about `output` (see docs/report.md).
-        world: the processes that compile together, from `edadm_compile.parallel.launch.processes`; the first one writes.
+        workdir: folder for checkpoints: the same call with it starts from where the last one stopped. It is kept;
+            without one nothing is. What is resumed or damaged is told to the logger "edadm_compile".
+        restart: discard the checkpoints of an earlier call.
+        memory: most bytes of caches in memory, as a number or as "4GB"; what exceeds it is spilled to `workdir`.
+        threads: threads that compute; the last bits of a result depend on it. None for torch's setting.
+        world: the processes that compile together, from `edadm_compile.parallel.launch.processes`; the first one writes,
+            and none keeps a `workdir`.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
             `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
 
@@ -156,13 +213,23 @@ def compile_model(
         if output is None:
             raise InputError("compile_model: report is about a file; give output= as well")
         reports.check(Path(report))
+    if workdir is not None and world is not None and world.size > 1:
+        raise ParallelError(
+            f"compile_model: {world.size} processes that compile together keep no workdir; leave it out"
+        )
     told = Dispatcher(callbacks)
-    result = compile_source(source, config, told, calibration=calibration, block_finished=told.block, world=world)
-    if output is not None and (world is None or world.leads):
-        device_code = fitted(device_code, None, _beyond(result))
-        write(to_artifact(result, build(result.lowered, device_code, told)), Path(output))
-        if report is not None:
-            reports.after_compile(Path(output), source, result.seconds, Path(report), told)
+    folder = None if workdir is None else Path(workdir)
+    work = WorkOptions(folder, keep=True, restart=restart, memory=memory_limit(memory), threads=threads)
+    with session(work, inputs_of(source, config, calibration)) as found:
+        result = compile_source(
+            source, config, told, calibration=calibration, block_finished=told.block, world=world,
+            checkpoints=found.checkpoints, caches=found.caches,
+        )  # fmt: skip
+        if output is not None and (world is None or world.leads):
+            device_code = fitted(device_code, None, _beyond(result))
+            write(to_artifact(result, build(result.lowered, device_code, told)), Path(output))
+    if output is not None and report is not None and (world is None or world.leads):
+        reports.after_compile(Path(output), source, result.seconds, Path(report), told)
     return result
 
 
@@ -173,6 +240,7 @@ def make_config(options: dict[str, Any], config_file: Path | None) -> QuantConfi
         ConfigError: contradicting or invalid settings.
     """
     values = load_config(config_file) if config_file is not None else {}
+    values.pop("memory", None)  # decides no result: see `edadm_compile.driver.session`
     preset = options.get("preset")
     if preset is not None:
         values["weight_bits"], values["act_bits"] = PRESETS[preset]
@@ -210,6 +278,7 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
         "average_bits": result.stats["assign_widths"]["average_bits"],
         **({"beyond_float16": beyond} if (beyond := _beyond(result)) is not None else {}),
         **({"warnings": result.warnings} if result.warnings else {}),
+        "computed_with": result.computed_with,
         **({"mixed_precision": mixed} if (mixed := result.stats["assign_widths"].get("mixed")) else {}),
         "versions": {
             "edadm_compile": edadm_compile.__version__,
@@ -286,12 +355,14 @@ def _dumper(folder: Path | None) -> Any:
         raise InputError(
             f"--dump-graphs {folder}: it is a file, expected a folder (which is made where it does not exist)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     counter = iter(range(100))
 
     def dump(name: str, program: Program) -> None:
-        (folder / f"{next(counter):02d}_{name}.txt").write_text(
-            f"# dialect {program.dialect}\n{program.graph_module.graph}\n"
-        )
+        text = f"# dialect {program.dialect}\n{program.graph_module.graph}\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{next(counter):02d}_{name}.txt").write_text(text)
+        except OSError as error:
+            raise ArtifactError(f"--dump-graphs: cannot write to {folder}: {error.strerror or error}") from None
 
     return dump

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -15,6 +15,8 @@ from edadm_compile.errors import DialectError
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program
 from edadm_compile.parallel.world import World
+from edadm_compile.passes.caches import Caches
+from edadm_compile.passes.checkpoint import Checkpoints, NoCheckpoints, Saved, resumed
 
 
 class Progress(Protocol):
@@ -61,6 +63,8 @@ class Context:
         warnings: what the user must know about the result, in the order found; see `warn`.
         block_finished: told each reconstructed block.
         world: the processes that work on this together.
+        checkpoints: what earlier runs kept, and where this one keeps its results.
+        caches: room for values of the whole calibration set.
     """
 
     config: QuantConfig
@@ -70,6 +74,8 @@ class Context:
     warnings: list[str] = field(default_factory=list)
     block_finished: Callable[[BlockFinished], None] = lambda event: None
     world: World = field(default_factory=World)
+    checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
+    caches: Caches = field(default_factory=Caches)
 
     def warn(self, text: str) -> None:
         """Keep a sentence for the summary, and report it at once; the same sentence only once."""
@@ -115,6 +121,17 @@ class Pass(Protocol):
         """Transform a private copy of the program."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A pass whose work is worth keeping: what it found out, without the graph."""
+
+    def state(self, program: Program) -> Saved:
+        """What `restore` needs, from the program that `run` produced."""
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Do to a private copy of the program what `run` did; change nothing shared when it does not fit."""
+
+
 def run_passes(
     program: Program, passes: Sequence[Pass], ctx: Context, dump: Callable[[str, Program], None] | None = None
 ) -> Program:
@@ -130,7 +147,7 @@ def run_passes(
         if program.dialect != item.reads:
             raise DialectError(f"pass {item.name} reads dialect {item.reads}, got {program.dialect}")
         start, told = time.perf_counter(), len(ctx.warnings)
-        result = item.run(program.fork(), ctx)
+        result = _run(item, program, ctx)
         if result.program.dialect != item.writes:
             raise DialectError(f"pass {item.name} writes dialect {item.writes}, got {result.program.dialect}")
         verify(result.program)
@@ -141,6 +158,23 @@ def run_passes(
         if dump is not None:
             dump(item.name, program)
     return program
+
+
+def _run(item: Pass, program: Program, ctx: Context) -> PassResult:
+    """Run a pass, or restore what it found out in an earlier run."""
+    if not isinstance(item, Resumable):
+        return item.run(program.fork(), ctx)
+    keeper: Resumable = item
+
+    def state(result: PassResult) -> Saved:
+        saved = keeper.state(result.program)
+        return Saved(saved.tensors, {**saved.values, "changed": result.changed, "stats": result.stats})
+
+    def restore(saved: Saved) -> PassResult:
+        changed, stats = bool(saved.values["changed"]), dict(saved.values["stats"])
+        return PassResult(keeper.restore(program.fork(), saved), changed, stats)
+
+    return resumed(ctx.checkpoints, item.name, lambda: item.run(program.fork(), ctx), state, restore)
 
 
 def finish(program: Program) -> Program:

@@ -15,7 +15,9 @@ from edadm_compile.ir.subgraph import output_of
 from edadm_compile.methods import Method
 from edadm_compile.passes import extremes
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.checkpoint import Saved
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
+from edadm_compile.passes.records import layer_records, ranges_state, set_layer_records, set_ranges
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 from edadm_compile.quant.observers import (
     affine_from_range,
@@ -79,6 +81,17 @@ class Calibrate:
         ctx.world.agree([q.scale for _, q in weight_quantizers(program)])
         stats = {"ranges": {node.name: [o.low, o.high] for node, o in observers.items()}}
         return PassResult(program, True, {**stats, "beyond_float16": extremes.beyond_float16(peaks, ctx)})
+
+    def state(self, program: Program) -> Saved:
+        """Scales, zero points and the layer records, which hold those of outputs."""
+        saved = ranges_state(program)
+        return Saved(saved.tensors, {**saved.values, "layers": layer_records(program)})
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Give them back."""
+        set_layer_records(program, saved.values["layers"])
+        set_ranges(program, saved)
+        return program
 
 
 #: Power of the error that a search minimises.

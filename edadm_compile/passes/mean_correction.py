@@ -11,6 +11,7 @@ from edadm_compile.calibration.dataset import Trajectories
 from edadm_compile.calibration.guidance import combine
 from edadm_compile.ir.program import Program, TimeTables
 from edadm_compile.passes.base import Context, PassResult, finish
+from edadm_compile.passes.checkpoint import Saved
 
 aten = torch.ops.aten
 _CHUNK = 64
@@ -64,6 +65,17 @@ class MeanCorrection:
         if program.sampler.guided:
             stats["branches_apart"] = float(apart.abs().max())
         return PassResult(program, True, stats)
+
+    def state(self, program: Program) -> Saved:
+        """The table; nothing where none was made."""
+        time = program.time
+        return Saved({"keys": time.keys, "rows": time.tables[INPUT]} if time and INPUT in time.tables else {})
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Add the table and its addition."""
+        if not saved.tensors:
+            return program
+        return _add_table(program, saved.tensors["keys"], saved.tensors["rows"])
 
 
 def _mean(error: Tensor) -> Tensor:

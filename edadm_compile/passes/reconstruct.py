@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import layer_weight
@@ -20,7 +18,9 @@ from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.parallel.world import Share, World
 from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.layer_taps import run_tapped
-from edadm_compile.passes.row_shares import DividedMasks, held_rows, share_of
+from edadm_compile.passes.phase import Phase, Trained
+from edadm_compile.passes.records import learned_state
+from edadm_compile.passes.row_shares import DividedMasks, share_of
 from edadm_compile.passes.streams import Streams, switched_off
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 
@@ -56,29 +56,15 @@ class Reconstruct:
         reports: list[dict[str, Any]] = []
         for phase in method.phases:
             with switched_off(program, *((ActFakeQuant,) if phase == "weights" else ())):
-                streams = Streams(program, units, held_rows(ctx))
-                reports += _train_units(program, units, streams, phase, ctx, len(reports))
-        return PassResult(program, True, {"units": reports})
+                reports += Phase(program, units, phase, ctx, len(reports), _train).run()
+        return PassResult(program, True, {"units": reports, "caches": ctx.caches.report()})
 
 
-def _train_units(
-    program: Program, units: Sequence[Unit], streams: Streams, phase: str, ctx: Context, done: int
-) -> list[dict[str, Any]]:
-    """One pass over the network; returns a report for each unit."""
-    reports: list[dict[str, Any]] = []
-
-    def train(unit: Unit) -> None:
-        generator = ctx.generator(100 + done + len(reports))
-        trainer = UnitTrainer(program, unit, streams, ctx.config, phase, generator, share_of(streams.total, ctx))
-        label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
-        told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
-        losses = trainer.run(ctx, label)
-        reports.append(told | losses)
-        ctx.progress.advance(0, f"{label} loss {losses['before']:.3e} → {losses['after']:.3e}")
-        ctx.block_finished(BlockFinished(unit.name, len(reports), len(units), len(unit.layers), phase, **losses))
-
-    streams.advance(train)
-    return reports
+def _train(program: Program, unit: Unit, streams: Streams, phase: str, ctx: Context, salt: int, label: str) -> Trained:
+    share = share_of(streams.total, ctx)
+    trainer = UnitTrainer(program, unit, streams, ctx.config, phase, ctx.generator(salt), share)
+    report = trainer.run(ctx, label)
+    return Trained(report, trainer.learned())
 
 
 class UnitTrainer:
@@ -106,7 +92,8 @@ class UnitTrainer:
         if self.method.layer_loss_weight == 0 or (self.local and phase == "scales"):
             self.watched = []
         self.streams = streams
-        self.targets = streams.float_targets(self.closure, [unit.output, *self.watched])
+        stored = getattr(torch, self.config.target_dtype)
+        self.targets = streams.float_targets(self.closure, [unit.output, *self.watched], stored)
         self.rowless = [n for n in (unit.output, *self.watched) if n not in self.targets]
         self.energy = self._energies()
         trained = () if phase == "scales" else unit.layers  # with "weights", activation quantizers are switched off
@@ -132,6 +119,7 @@ class UnitTrainer:
         groups = self._parameter_groups()
         if not groups:  # only scales are trained, and no activation in this unit has one of its own
             ctx.progress.advance(config.iters, label)
+            self._release()
             return {"before": before, "after": before}
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters)
@@ -150,7 +138,17 @@ class UnitTrainer:
                 done = every if (step + 1) % every == 0 else config.iters % every
                 ctx.progress.advance(done, f"{label} loss {self._finite(float(loss.detach())):.2e}")
         self._finish()
-        return {"before": before, "after": self._finite(self._mean_loss())}
+        after = self._finite(self._mean_loss())
+        self._release()
+        return {"before": before, "after": after}
+
+    def learned(self) -> dict[str, Tensor]:
+        """What training changed, by quantizer."""
+        return learned_state(self.program, [q for _, q, _ in self.weights], self.activations)
+
+    def _release(self) -> None:
+        self.streams.caches.release(*self.targets.values())
+        self.targets = {}
 
     def _finite(self, loss: float) -> float:
         """The loss, unless squares of the unit's values overflow float32: rounding learned from NaN would be noise."""
@@ -189,7 +187,7 @@ class UnitTrainer:
     def _energies(self) -> dict[fx.Node, Tensor]:
         """Mean square of each target: of stored ones over all samples, of computed ones over the first."""
         first = self.share.local(self._parts()[0])
-        means = {n: self.share.weight * v.square().mean() for n, v in self.targets.items()}
+        means = {n: self.share.weight * self.streams.caches.mean_square(v) for n, v in self.targets.items()}
         means |= {n: first.weight * v.square().mean() for n, v in self._computed(first.rows).items()}
         return {n: v.clamp(min=1e-12) for n, v in zip(means, self.share.sums(list(means.values())), strict=True)}
 
@@ -215,7 +213,7 @@ class UnitTrainer:
 
     def _sampled(self, rows: Tensor) -> dict[fx.Node, Tensor]:
         """Targets of some samples: stored ones by row, others computed."""
-        return {n: v[rows] for n, v in self.targets.items()} | self._computed(rows)
+        return {n: v[rows].float() for n, v in self.targets.items()} | self._computed(rows)
 
     def _computed(self, rows: Tensor) -> dict[fx.Node, Tensor]:
         return self.streams.float_rows(self.closure, self.rowless, rows) if self.rowless else {}

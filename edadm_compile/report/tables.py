@@ -52,6 +52,7 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
                 "quality",
                 "allocation",
                 "versions",
+                "computed_with",
             )
         },
     }
@@ -158,6 +159,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         )
     stages = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in summary["seconds"].items() if v >= 0.5)
     table.add_row("time", f"{summary['total_seconds']:.0f} s ({stages})")
+    print_work(table, summary)
     out.print(table)
     print_mixed(out, summary["mixed_precision"], summary["sqnr_db"])
     print_device(summary.get("device"))
@@ -165,6 +167,23 @@ def print_summary(summary: dict[str, Any]) -> None:
         out.print(f"float: {name}: {reason}", highlight=False)
     for note in summary["notes"]:
         out.print(f"note: {note}", highlight=False)
+
+
+def print_work(table: Table, summary: dict[str, Any]) -> None:
+    """Rows for what came from an earlier run, and for caches that were spilled."""
+    resumed, caches = summary.get("resumed"), summary.get("caches")
+    if resumed:
+        kept = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in resumed["seconds"].items() if v >= 0.5)
+        blocks = f"{resumed['blocks']} blocks, " if resumed["blocks"] else ""
+        table.add_row(
+            "from an earlier run", f"{blocks}{resumed['total_seconds']:.0f} s of work ({kept or 'short stages'})"
+        )
+    if caches and caches["limit"] is not None:
+        table.add_row(
+            "cached activations",
+            f"at most {human(caches['memory_peak'])} in memory (limit {human(caches['limit'])}), "
+            f"{human(caches['spilled_peak'])} in files",
+        )
 
 
 def _chosen(summary: dict[str, Any]) -> str:
