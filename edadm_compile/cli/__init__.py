@@ -9,6 +9,7 @@ import click
 from edadm_compile.cli.bench import bench
 from edadm_compile.cli.compile import compile
 from edadm_compile.cli.evaluate import evaluate
+from edadm_compile.cli.example import example
 from edadm_compile.cli.export import export
 from edadm_compile.cli.inspect import inspect
 from edadm_compile.cli.sample import sample
@@ -41,5 +42,5 @@ def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)
 
 
-for _verb in (compile, inspect, target, export, sample, verify, evaluate, bench, tune):
+for _verb in (compile, inspect, target, export, sample, verify, evaluate, bench, tune, example):
     main.add_command(_verb)

@@ -16,7 +16,7 @@ REDUCED: dict[str, dict[str, str]] = {
 #: Limits of quality: a network with random weights and one step of reconstruction does not reach them.
 _DROPPED = ("--fail-below", "--fail-above")
 
-_CLIENT = '''#!{python} -SEs
+_CLIENT = """#!{python} -SEs
 import array, json, os, socket, sys
 request = {{"program": "{program}", "arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
 client = socket.socket(socket.AF_UNIX)
@@ -26,7 +26,7 @@ client.sendmsg([b" "], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
 client.sendall(json.dumps(request).encode() + b"\\n")
 status = int(client.recv(16))
 sys.exit(status if status >= 0 else 128 - status)
-'''
+"""
 
 
 def write(folder: Path, address: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every code block of README.md, CONTRIBUTING.md, the examples and the documentation is executed."""
+"""Every code block of the documentation, README.md, CONTRIBUTING.md and the READMEs of the folders is executed."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def _pages():
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
-    found += [*(ROOT / "examples").rglob("*.md")]
+    found += [*(ROOT / "examples").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), ROOT / "tests" / "README.md"]
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 

@@ -1,0 +1,61 @@
+"""docs/reference/cli.md is what --help says; links lead somewhere; the pictures are those of their file."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _tool(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_tool", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_of_options_is_what_help_says():
+    stale = "docs/cli.md or docs/reference/cli.md is not what --help says: run python docs/tools/cli.py"
+    tool = _tool("docs/tools/cli.py")
+    assert tool.PAGE.read_text() == tool.page() and tool.GUIDE.read_text() == tool.guide(), stale
+
+
+def test_a_new_option_changes_the_reference(monkeypatch):
+    import click
+
+    from edadm_compile.cli.verify import verify
+
+    tool = _tool("docs/tools/cli.py")
+    before = tool.page() + tool.guide()
+    monkeypatch.setattr(verify, "params", [*verify.params, click.Option(["--sparkle"], help="New.")])
+    assert "--sparkle" in tool.page() and "--sparkle" in tool.guide() and "--sparkle" not in before
+
+
+def test_every_link_leads_somewhere():
+    assert _tool("docs/tools/links.py").problems(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[a](missing.md)", "does not exist"),
+        ("[a](other.md#no-such)", "no such heading"),
+        ("[a](#nowhere)", "no such heading"),
+        ("[a](../../etc/passwd)", "leaves the repository"),
+        ("[a]()", "is empty"),
+    ],
+)
+def test_links_that_lead_nowhere_are_found(tmp_path, text, reason):
+    (tmp_path / "README.md").write_text(f"# Title\n\n`[not](a-link)` [here](#title) [x](other.md#a--b)\n{text}\n")
+    (tmp_path / "other.md").write_text("# `--a`: b\n\n# A & b\n```text\n# no heading\n```\n")
+    found = _tool("docs/tools/links.py").problems(tmp_path)
+    assert len(found) == 1 and found[0].startswith("README.md:4") and reason in found[0]
+
+
+def test_pictures_are_those_of_their_file():
+    tool = _tool("benchmarks/docs/pictures.py")
+    import json
+
+    for name, content in tool.pictures(json.loads(tool.RESULTS.read_text())).items():
+        assert (tool.IMAGES / name).read_bytes() == content, "run python benchmarks/docs/pictures.py draw"
