@@ -64,6 +64,8 @@ def commands():
     finally:
         server.kill()
         server.wait()
+        if server.stdout is not None:
+            server.stdout.close()
         shutil.rmtree(home)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -101,21 +102,26 @@ class Page:
         return printed
 
     def _process(self, block: Block, command: list[str], stdin: str | None = None) -> str:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd=self.folder,
             env=self.environment,
-            input=stdin,
-            stdin=subprocess.DEVNULL if stdin is None else None,
-            capture_output=True,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=_LIMIT_S,
+            start_new_session=True,
         )
-        if done.returncode:
+        try:
+            printed, complaints = process.communicate(stdin, timeout=_LIMIT_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode:
             raise PageError(
-                f"{block} exits with {done.returncode}:\n{block.text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+                f"{block} exits with {process.returncode}:\n{block.text}\n{printed[-3000:]}\n{complaints[-3000:]}"
             )
-        return done.stdout
+        return printed
 
 
 def sessions(block: Block) -> Iterator[tuple[str, str]]:
@@ -148,7 +154,7 @@ def check_prose(block: Block) -> None:
     """A block that is not executed because its language is no code must not hold any."""
     if block.language not in _PROSE:
         allowed = "bash, console, python, diff, json, toml, or text for what is no code"
-        raise PageError(f"{block}: language {block.language or 'missing'!r}; give one of {allowed}")
+        raise PageError(f"{block}: language {block.language!r} in place of {allowed}")
     found = [line for line in block.text.splitlines() if _COMMAND.match(line)]
     if found:
         raise PageError(f"{block}: marked as text, but holds code: {found[0].strip()}")
@@ -176,11 +182,12 @@ def check_options(block: Block, arguments: list[str]) -> None:
 
     from edadm_compile.cli import main
 
-    if not arguments or arguments[0].startswith("-") and arguments[0] in ("-h", "--help", "--version"):
+    if not arguments or arguments[0] in ("-h", "--help", "--version"):
         return
     verb = arguments[0] if arguments[0] in main.commands else "compile"
     try:
-        main.commands[verb].make_context(verb, [word for word in arguments if word != verb])
+        words = arguments[1:] if arguments[0] == verb else list(arguments)
+        main.commands[verb].make_context(verb, words, help_option_names=["-h", "--help"])
     except click.ClickException as error:
         raise PageError(f"{block}: edadm-compile {shlex.join(arguments)}: {error.format_message()}") from error
 

@@ -11,6 +11,8 @@ import array
 import json
 import os
 import runpy
+import select
+import signal
 import socket
 import sys
 import traceback
@@ -39,12 +41,15 @@ def preload() -> None:
 
 
 def serve(path: str) -> None:
-    """Answer one command after another, until the socket is closed by the death of this process."""
+    """Answer one command after another, as long as the process that started this one lives."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
     print("ready", flush=True)
-    while True:
+    owner = os.getppid()
+    while os.getppid() == owner:
+        if not select.select([listener], [], [], 2)[0]:
+            continue
         connection, _ = listener.accept()
         with connection:
             request, streams = _receive(connection)
@@ -54,8 +59,21 @@ def serve(path: str) -> None:
                 os._exit(_run(request, streams))
             for stream in streams:
                 os.close(stream)
-            _, status = os.waitpid(child, 0)
-            connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+            status = _wait(child, connection)
+            if status is not None:
+                connection.sendall(str(status).encode())
+
+
+def _wait(child: int, connection: socket.socket) -> int | None:
+    """Exit status of the command; None when its client was killed, and then the command is too."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if select.select([connection], [], [], 0.02)[0] and not connection.recv(1):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
 
 
 def _receive(connection: socket.socket) -> tuple[dict, list[int]]:

@@ -1,6 +1,9 @@
 """docs/reference/cli.md is what --help says; links lead somewhere; the pictures are those of their file."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,9 @@ def _tool(path):
 
 
 def test_the_reference_of_options_is_what_help_says():
-    stale = "docs/cli.md or docs/reference/cli.md is not what --help says: run python docs/tools/cli.py"
-    tool = _tool("docs/tools/cli.py")
-    assert tool.PAGE.read_text() == tool.page() and tool.GUIDE.read_text() == tool.guide(), stale
+    """In a process of its own: click remembers the help option of a verb that another test called without its group."""
+    done = subprocess.run([sys.executable, "docs/tools/cli.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_new_option_changes_the_reference(monkeypatch):
@@ -55,7 +58,5 @@ def test_links_that_lead_nowhere_are_found(tmp_path, text, reason):
 
 def test_pictures_are_those_of_their_file():
     tool = _tool("benchmarks/docs/pictures.py")
-    import json
-
     for name, content in tool.pictures(json.loads(tool.RESULTS.read_text())).items():
         assert (tool.IMAGES / name).read_bytes() == content, "run python benchmarks/docs/pictures.py draw"

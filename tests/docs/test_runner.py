@@ -21,7 +21,7 @@ WRONG = {
     "the first of two commands fails": ("```bash\nfalse | cat\ntrue\n```", "exits with 1"),
     "other output": ("```console\n$ echo one\ntwo\n```", "prints something else"),
     "output before the wildcard": ("```console\n$ echo one\ntwo\n...\n```", "prints something else"),
-    "no language": ("```\nedadm-compile x\n```", "language missing"),
+    "no language": ("```\nedadm-compile x\n```", "language '' in place of bash"),
     "an unknown language": ("```sql\nselect\n```", "language 'sql'"),
     "code as text": ("```text\nedadm-compile model.pt\n```", "holds code"),
     "bad JSON": ("```json\n{\n```", "is not json"),
