@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.docs import diffs
 from tests.docs.markdown import Block
 
 #: Formulas, layouts and diagrams: nothing in them is a command or code.
@@ -64,7 +65,7 @@ class Page:
         elif block.language == "python":
             self._script(block)
         elif block.language == "diff":
-            self._process(block, ["patch", "-p1", "--no-backup-if-mismatch"], block.text)
+            self._change(block)
         elif block.language in _DATA:
             parse(block)
         else:
@@ -85,6 +86,12 @@ class Page:
         path.write_text(block.text)
         self.written[block.title] = False
 
+    def _change(self, block: Block) -> None:
+        try:
+            diffs.apply(self.folder, block.text)
+        except (ValueError, OSError) as error:
+            raise PageError(f"{block}: {error}") from error
+
     def _script(self, block: Block) -> None:
         script = self.folder / f"_block_{block.line}.py"
         script.write_text(block.text)
@@ -101,19 +108,19 @@ class Page:
                 self.variables[name] = value
         return printed
 
-    def _process(self, block: Block, command: list[str], stdin: str | None = None) -> str:
+    def _process(self, block: Block, command: list[str]) -> str:
         process = subprocess.Popen(
             command,
             cwd=self.folder,
             env=self.environment,
-            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
         try:
-            printed, complaints = process.communicate(stdin, timeout=_LIMIT_S)
+            printed, complaints = process.communicate(timeout=_LIMIT_S)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

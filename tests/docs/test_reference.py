@@ -60,3 +60,22 @@ def test_pictures_are_those_of_their_file():
     tool = _tool("benchmarks/docs/pictures.py")
     for name, content in tool.pictures(json.loads(tool.RESULTS.read_text())).items():
         assert (tool.IMAGES / name).read_bytes() == content, "run python benchmarks/docs/pictures.py draw"
+
+
+@pytest.mark.parametrize(
+    ("element", "reason"),
+    [
+        ('<script src="https://cdn.example/x.js"></script>', "from another place"),
+        ('<link rel="stylesheet" href="//fonts.example/x.css">', "from another place"),
+        ('<img src="images/missing.svg">', "does not exist"),
+        (
+            '<a href="https://arxiv.org/abs/2401.04585">paper</a><img src="data:image/gif;base64,R0"><img src="a%20b.svg">',
+            "",
+        ),
+    ],
+)
+def test_the_site_loads_nothing_from_elsewhere(tmp_path, element, reason):
+    (tmp_path / "a b.svg").write_text("<svg/>")
+    (tmp_path / "index.html").write_text(f"<html>{element}</html>")
+    found = _tool("docs/tools/site.py").problems(tmp_path)
+    assert [reason in sentence for sentence in found] == ([True] if reason else [])

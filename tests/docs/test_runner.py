@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.docs import shims
+from tests.docs import diffs, shims
 from tests.docs.markdown import blocks
 from tests.docs.runner import Page, PageError
 
@@ -70,6 +70,22 @@ def test_blocks_share_a_folder_and_variables(tmp_path):
         "```bash\ncat a.json > b\nS='x y'\n```\n```console\n$ echo \"$S\"; cat b\nx y\n...\n```\n",
     )
     assert page.written == {"a.json": True} and (tmp_path / "b").read_text() == '{"a": 1}\n'
+
+
+DIFF = "--- a/f.py\n+++ b/f.py\n@@ somewhere\n one\n-two\n+2\n+3\n"
+
+
+def test_a_diff_is_applied_by_its_lines(tmp_path):
+    (tmp_path / "f.py").write_text("zero\none\ntwo\n    one\nfour\n")
+    assert diffs.apply(tmp_path, DIFF) == ["f.py"]
+    assert (tmp_path / "f.py").read_text() == "zero\none\n2\n3\n    one\nfour\n"
+
+
+@pytest.mark.parametrize("content", ["one\n", "one\ntwo\none\ntwo\n", " one\ntwo\n"])
+def test_a_diff_that_fits_nowhere_or_twice_is_refused(content, tmp_path):
+    (tmp_path / "f.py").write_text(content)
+    with pytest.raises(PageError, match="these lines occur"):
+        _run(tmp_path, f"```diff\n{DIFF}```")
 
 
 def test_commands_are_reduced_and_nothing_else():
