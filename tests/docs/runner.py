@@ -21,7 +21,7 @@ from tests.docs.markdown import Block
 _PROSE = {"text"}
 _DATA = {"json": json.loads, "toml": tomllib.loads}
 _COMMAND = re.compile(r"^\s*(\$ |edadm-compile\b|python3? |pip |make |import |from \w+ import )")
-_LIMIT_S = 600
+_LIMIT_S = 1800
 
 
 class PageError(AssertionError):

@@ -18,6 +18,7 @@ import sys
 import traceback
 import warnings
 
+from tests.docs import reuse
 from tests.docs.shims import reduced
 
 
@@ -116,7 +117,8 @@ def _execute(program: str, arguments: list[str]) -> None:
         from edadm_compile.cli import main
 
         sys.path.pop(0)  # the working folder of the server; a console script has its own folder there
-        main(reduced(arguments, list(main.commands)), prog_name="edadm-compile")
+        sys.argv[1:] = reduced(arguments, list(main.commands))
+        reuse.compiled(sys.argv[1:], lambda: main(prog_name="edadm-compile"))
     elif arguments[:1] == ["-m"]:
         sys.path[0], sys.argv = os.getcwd(), arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

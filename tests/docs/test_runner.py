@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.docs import diffs, shims
+from tests.docs import diffs, reuse, shims
 from tests.docs.markdown import blocks
 from tests.docs.runner import Page, PageError
 
@@ -97,6 +97,28 @@ def test_commands_are_reduced_and_nothing_else():
     assert shims.reduced(["verify", "a", "-n", "8"], verbs) == ["verify", "a", "-n", "1"]
     assert shims.reduced(["export", "a", "--int4"], verbs) == ["export", "a", "--int4"]
     assert shims.reduced(["compile", "--help"], verbs) == ["compile", "--help"]
+
+
+def test_equal_compilations_are_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.pt").write_bytes(b"one")
+    made = []
+
+    def run(name, *options):
+        def compile():
+            made.append(name)
+            (tmp_path / name).write_text(f"{len(made)}")
+            raise SystemExit(0)
+
+        reuse.compiled(["model.pt", *options, "-o", name], compile)
+        return (tmp_path / name).read_text()
+
+    assert [run("a", "--w4a8"), run("b", "--w4a8"), run("c", "--w8a8")] == ["1", "1", "2"]
+    (tmp_path / "model.pt").write_bytes(b"other")
+    assert run("d", "--w4a8") == "3" and made == ["a", "c", "d"]
+    with pytest.raises(SystemExit):  # with a file of settings it is always made: that file may have changed
+        run("e", "--w4a8", "--config", "x.toml")
 
 
 def test_each_command_is_a_process_of_its_own(tmp_path, commands):
