@@ -26,9 +26,9 @@ def built(tmp_path_factory):
     for path in [*ROOT.glob("*.*"), ROOT / "LICENSE", ROOT / "Makefile"]:
         if path.is_file() and path.suffix in ("", ".md", ".toml", ".txt", ".py", ".yml", ".in"):
             shutil.copy(path, source)
-    code = "from setuptools import build_meta as b; import sys; b.build_wheel(sys.argv[1]); b.build_sdist(sys.argv[1])"
+    code = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
     done = subprocess.run(
-        [sys.executable, "-c", code, "dist"], cwd=source, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     wheel, sdist = next((source / "dist").glob("*.whl")), next((source / "dist").glob("*.tar.gz"))

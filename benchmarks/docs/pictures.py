@@ -2,7 +2,7 @@
 
     python benchmarks/docs/pictures.py measure    compile three times, write benchmarks/results/cpu-2core/docs_pictures.json
     python benchmarks/docs/pictures.py draw       write docs/images/*.svg from that file
-    python benchmarks/docs/pictures.py check      exit 1 when a picture is not the one that the file gives
+    python benchmarks/docs/pictures.py check      exit 1 when a picture was drawn from another file
 
 The three compilations are W4A8 by default, without reconstruction, and round to nearest in strict widths. All have seed 0.
 """
@@ -10,6 +10,7 @@ The three compilations are W4A8 by default, without reconstruction, and round to
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import platform
@@ -102,13 +103,23 @@ def machine() -> dict[str, Any]:
 
 
 def pictures(found: dict[str, Any]) -> dict[str, bytes]:
-    """SVG files by name; equal input gives equal bytes with one version of matplotlib."""
+    """SVG files by name. Each carries the digest of `found`; equal input gives equal bytes with one version of matplotlib."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "edadm-compile", "svg.fonttype": "path", "font.size": 9})
-    makers = {"tdac": _tdac, "rounding": _rounding, "blocks": _blocks, "sqnr": _sqnr}
-    return {f"{name}.svg": _svg(make, found) for name, make in makers.items()}
+    return {f"{name}.svg": _svg(make, found) for name, make in _MAKERS.items()}
+
+
+def digest(found: dict[str, Any]) -> str:
+    """What a picture says it was drawn from."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def stale(found: dict[str, Any]) -> list[str]:
+    """Pictures that are missing, or were drawn from other measurements."""
+    paths = [IMAGES / f"{name}.svg" for name in _MAKERS]
+    return [path.name for path in paths if not path.exists() or digest(found) not in path.read_text(encoding="utf-8")]
 
 
 def _svg(make: Any, found: dict[str, Any]) -> bytes:
@@ -118,7 +129,9 @@ def _svg(make: Any, found: dict[str, Any]) -> bytes:
     make(axes, found)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, facecolor="white")
+    figure.savefig(
+        buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": digest(found)}, facecolor="white"
+    )
     pyplot.close(figure)
     return buffer.getvalue()
 
@@ -162,6 +175,9 @@ def _sqnr(axes: Any, found: dict[str, Any]) -> None:
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
 
 
+_MAKERS = {"tdac": _tdac, "rounding": _rounding, "blocks": _blocks, "sqnr": _sqnr}
+
+
 def main() -> int:
     """The verb's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,16 +186,15 @@ def main() -> int:
     if verb == "measure":
         RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
         return 0
-    made = pictures(json.loads(RESULTS.read_text()))
+    found = json.loads(RESULTS.read_text())
     if verb == "draw":
         IMAGES.mkdir(parents=True, exist_ok=True)
-        for name, content in made.items():
+        for name, content in pictures(found).items():
             (IMAGES / name).write_bytes(content)
-        return 0
-    stale = [n for n, content in made.items() if not (IMAGES / n).exists() or (IMAGES / n).read_bytes() != content]
-    if stale:
-        print(f"{', '.join(stale)} in docs/images: run python benchmarks/docs/pictures.py draw")
-    return int(bool(stale))
+    old = stale(found)
+    if old:
+        print(f"{', '.join(old)} in docs/images: run python benchmarks/docs/pictures.py draw")
+    return int(bool(old))
 
 
 if __name__ == "__main__":

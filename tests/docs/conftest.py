@@ -1,15 +1,18 @@
 """What the pages are run with: one process that forks, and a folder for each page."""
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.docs import runner, shims
+from tests.docs.markdown import blocks
 
 ROOT = Path(__file__).parents[2]
 #: Pages that tell the reader to add files to the package: they get a copy of it, the others only the example.
@@ -31,11 +34,11 @@ def tiny_example(tmp_path_factory):
     config = {
         **checkpoint["model"]["config"],
         "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
         "layers_per_block": 1,
         "norm_num_groups": 4,
-        "attention_head_dim": 16,
+        "add_attention": False,
     }
     torch.manual_seed(0)
     state = diffusers.UNet2DModel(**config).state_dict()
@@ -69,16 +72,23 @@ def commands():
         shutil.rmtree(home)
 
 
-@pytest.fixture
-def page(tmp_path, commands, tiny_example):
-    """Makes the state of a page by its name."""
+@pytest.fixture(scope="session")
+def outcomes(request, tmp_path_factory, commands, tiny_example):
+    """By name, the future of every page that a test was selected for; they run beside each other, one per core."""
+    names = {item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames}
 
-    def make(name: str) -> runner.Page:
-        (tmp_path / "examples").mkdir()
-        shutil.copytree(tiny_example, tmp_path / "examples" / "digits")
+    def run(name: str) -> list[str]:
+        folder = tmp_path_factory.mktemp("page")
+        shutil.copytree(tiny_example, folder / "examples" / "digits")
         for source in _SOURCES if name in WITH_SOURCES else ():
             copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
-            copy(ROOT / source, tmp_path / source)
-        return runner.Page(tmp_path, dict(commands))
+            copy(ROOT / source, folder / source)
+        return runner.run_page(runner.Page(folder, dict(commands)), blocks(ROOT / name, name))
 
-    return make
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run, name) for name in sorted(names, key=_longest_first)}
+
+
+def _longest_first(name: str) -> tuple[int, str]:
+    """Pages with many commands begin, so that none of them is alone at the end."""
+    return -(ROOT / name).read_text(encoding="utf-8").count("\nedadm-compile "), name

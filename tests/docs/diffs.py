@@ -22,9 +22,10 @@ def apply(folder: Path, text: str) -> list[str]:
             lines = hunk.splitlines(keepends=True)
             before = "".join(line[1:] for line in lines if line[0] in " -")
             after = "".join(line[1:] for line in lines if line[0] in " +")
-            if f"\n{content}".count(f"\n{before}") != 1:
-                raise ValueError(f"{name}: these lines occur {content.count(before)} times:\n{before}")
-            content = f"\n{content}".replace(f"\n{before}", f"\n{after}")[1:]
+            places = [found.start() for found in re.finditer(rf"(?m)^(?={re.escape(before)})", content)]
+            if len(places) != 1:
+                raise ValueError(f"{name}: these lines occur {len(places)} times:\n{before}")
+            content = content[: places[0]] + after + content[places[0] + len(before) :]
         path.write_text(content)
         changed.append(name)
     if not changed:

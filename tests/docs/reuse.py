@@ -34,7 +34,9 @@ def compiled(arguments: list[str], run: Callable[[], None]) -> None:
         if done.code:
             raise
     kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(output, kept)
+    draft = kept.with_suffix(f".{os.getpid()}")
+    shutil.copyfile(output, draft)
+    draft.replace(kept)  # pages run beside each other
 
 
 def _plan(arguments: list[str]) -> tuple[Path, Path] | None:

@@ -9,8 +9,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,6 +130,21 @@ class Page:
                 f"{block} exits with {process.returncode}:\n{block.text}\n{printed[-3000:]}\n{complaints[-3000:]}"
             )
         return printed
+
+
+def run_page(page: Page, blocks: Iterable[Block]) -> list[str]:
+    """Run all blocks of a page in order; returns a line for each with its seconds.
+
+    Raises:
+        PageError: a block is wrong, or a file that the page shows is not used.
+    """
+    told = []
+    for block in blocks:
+        start = time.perf_counter()
+        page.run(block)
+        told.append(f"{block} {block.language}: {time.perf_counter() - start:.1f} s")
+    page.finish()
+    return told
 
 
 def sessions(block: Block) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ the executables that `shims.write` makes.
 from __future__ import annotations
 
 import array
+import gc
 import json
 import os
 import runpy
@@ -23,12 +24,11 @@ from tests.docs.shims import reduced
 
 
 def preload() -> None:
-    """Import what a command needs, and export one tiny module: the first export imports half of torch."""
+    """Import what a command needs, and compile a tiny network: the first trace fills caches that the forks then share."""
     import diffusers  # noqa: F401
     import onnx  # noqa: F401
     import onnx_ir  # noqa: F401
     import onnxruntime  # noqa: F401
-    import torch
 
     import edadm_compile.cli
     import edadm_compile.driver.compile
@@ -36,13 +36,18 @@ def preload() -> None:
     import edadm_compile.driver.export
     import edadm_compile.driver.sample
     import edadm_compile.driver.verify
-    import edadm_compile.runtime.session  # noqa: F401
+    import edadm_compile.runtime.session
+    from edadm_compile.config import ReconstructionConfig
+    from tests.graphs import TinyUNet, small_config, source_of
 
-    torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)).run_decompositions()
+    quick = small_config(reconstruction=ReconstructionConfig(iters=1, batch=4))
+    edadm_compile.pipeline.compile_source(source_of(TinyUNet(), steps=2), quick)
+    gc.freeze()  # collections in the forks leave these pages shared
 
 
 def serve(path: str) -> None:
-    """Answer one command after another, as long as the process that started this one lives."""
+    """Answer commands, several at a time, as long as the process that started this one lives."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the handlers
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
@@ -52,17 +57,26 @@ def serve(path: str) -> None:
         if not select.select([listener], [], [], 2)[0]:
             continue
         connection, _ = listener.accept()
-        with connection:
-            request, streams = _receive(connection)
-            child = os.fork()
-            if child == 0:
-                listener.close()
-                os._exit(_run(request, streams))
-            for stream in streams:
-                os.close(stream)
-            status = _wait(child, connection)
-            if status is not None:
-                connection.sendall(str(status).encode())
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _handle(connection)
+            os._exit(0)
+        connection.close()
+
+
+def _handle(connection: socket.socket) -> None:
+    """Run one command and tell its client the exit status."""
+    request, streams = _receive(connection)
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        os._exit(_run(request, streams))
+    for stream in streams:
+        os.close(stream)
+    status = _wait(child, connection)
+    if status is not None:
+        connection.sendall(str(status).encode())
 
 
 def _wait(child: int, connection: socket.socket) -> int | None:
@@ -92,6 +106,7 @@ def _run(request: dict, streams: list[int]) -> int:
     """One command in this (forked) process; its exit status."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    gc.disable()  # a process of a few seconds; tracing allocates so much that collections cost a fifth of them
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
