@@ -106,7 +106,6 @@ def _run(request: dict, streams: list[int]) -> int:
     """One command in this (forked) process; its exit status."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
-    gc.disable()  # a process of a few seconds; tracing allocates so much that collections cost a fifth of them
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
