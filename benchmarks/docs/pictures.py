@@ -143,7 +143,7 @@ def _tdac(axes: Any, found: dict[str, Any]) -> None:
     axes.set(xlabel="timestep (sampling goes from right to left)", ylabel="score", ylim=(0, 1.25))
     counts = axes.twinx()
     counts.bar(t, found["counts"], width=14, color=_COLOURS[2], alpha=0.35, label="samples")
-    counts.set_ylabel("calibration samples")
+    counts.set(ylabel="calibration samples", ylim=(0, 1.25 * max(found["counts"])))
     counts.spines["top"].set_visible(False)
     handles = [*axes.get_legend_handles_labels()[0], *counts.get_legend_handles_labels()[0]]
     axes.legend(handles, ["density", "diversity", "samples"], ncols=3, loc="upper center", frameon=False)
@@ -164,7 +164,13 @@ def _blocks(axes: Any, found: dict[str, Any]) -> None:
     for key, colour in (("before", _COLOURS[1]), ("after", _COLOURS[0])):
         values = [unit[key] for unit in found["units"]]
         axes.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=3, label=key)
-    axes.set(xlabel="block, in execution order", ylabel="error / energy of the output", yscale="log")
+    axes.set(
+        xlabel="block, in execution order",
+        ylabel="error / energy of the output",
+        yscale="log",
+        xlim=(0, len(found["units"]) + 1),
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(ncols=2, frameon=False)
 
 
