@@ -15,6 +15,7 @@ from edadm_compile.cli.compile import compile
 from edadm_compile.cli.completion import completion
 from edadm_compile.cli.doctor import doctor
 from edadm_compile.cli.evaluate import evaluate
+from edadm_compile.cli.example import example
 from edadm_compile.cli.export import export
 from edadm_compile.cli.failures import calm_warning, usage_as_sentence
 from edadm_compile.cli.inspect import inspect
@@ -86,5 +87,19 @@ def main() -> None:
     warnings.showwarning = calm_warning
 
 
-for _verb in (compile, inspect, target, export, sample, verify, evaluate, report, bench, tune, doctor, completion):
+for _verb in (
+    compile,
+    inspect,
+    target,
+    export,
+    sample,
+    verify,
+    evaluate,
+    report,
+    bench,
+    tune,
+    doctor,
+    example,
+    completion,
+):
     main.add_command(_verb)
