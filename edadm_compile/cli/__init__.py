@@ -30,7 +30,8 @@ NAME = "edadm-compile"
 EPILOG = (
     "Exit codes: 0 done; 2 a file, option or setting that cannot be used; 3 the model cannot be captured; 4 an illegal "
     "graph (a bug); 5 unusable calibration values; 6 a .qmod file that cannot be read or written; 7 a check failed; "
-    "8 no code or no tool for a device; 9 no ONNX form; 70 an internal error (a bug); 130 interrupted."
+    "8 no code or no tool for a device; 9 no ONNX form; 10 no memory or disk space, or a working folder that cannot be used; "
+    "11 processes of one run that lost each other; 70 an internal error (a bug); 130 interrupted; 143 terminated."
 )
 
 

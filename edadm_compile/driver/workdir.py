@@ -57,6 +57,7 @@ class Workdir:
         self._restored: dict[str, float] = {}
         self._kept: list[str] = []
         self._made = not folder.exists()
+        self._refuse_strange()  # before the lock lies in somebody else's folder
         try:
             folder.mkdir(exist_ok=True)
             self._lock = take_lock(folder / "lock")
@@ -64,6 +65,13 @@ class Workdir:
             raise ResourceError(
                 f"cannot work in {folder}: {error.strerror or error}; name a writable folder with --workdir"
             ) from None
+
+    def _refuse_strange(self) -> None:
+        strange = sorted(p.name for p in self.folder.iterdir() if not _is_ours(p.name)) if self.folder.is_dir() else []
+        if strange and not (self.folder / "run.json").exists():
+            raise ResourceError(
+                f"{self.folder} is neither empty nor a working folder (it holds {strange[0]}); name another with --workdir"
+            )
 
     @property
     def spill(self) -> Path:
@@ -84,14 +92,8 @@ class Workdir:
 
         Raises:
             ResumeError: the folder holds results for other inputs; the message says which differ.
-            ResourceError: the folder holds something else.
         """
         self._inputs = inputs
-        strange = sorted(p.name for p in self.folder.iterdir() if not _is_ours(p.name))
-        if strange and not (self.folder / "run.json").exists():
-            raise ResourceError(
-                f"{self.folder} is neither empty nor a working folder (it holds {strange[0]}); name another with --workdir"
-            )
         for folder in (self.folder, self._stages):
             for temporary in folder.glob(".*.tmp"):  # of a killed process: the lock is ours
                 temporary.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 CASES = [
     ("inspct tiny.qmod", 2, "'inspct' is neither a verb nor a file; did you mean 'inspect'? (see edadm-compile --help)"),
     ("compile", 2, "MODEL is missing (see edadm-compile compile --help)"),
-    ("unet.pt --targts all", 2, "unknown option --targts; did you mean --targets or --iters or --eta? (see edadm-compile compile --help)"),
+    ("unet.pt --targts all", 2, "unknown option --targts; did you mean --targets or --restart or --iters? (see edadm-compile compile --help)"),
     ("unet.pt --method eda_dm", 2, "--method: got 'eda_dm', allowed default, eda-dm, q-diffusion, tfmq-dm, ptq4dm, minmax; did you mean 'eda-dm'? (see edadm-compile compile --help)"),
     ("unet.pt --iters many", 2, "--iters: got 'many', expected a whole number (see edadm-compile compile --help)"),
     ("unet.pt --qdrop 2", 2, "--qdrop: got 2.0, allowed 0 to 1 (see edadm-compile compile --help)"),

@@ -12,7 +12,7 @@ import torch
 
 from edadm_compile.cli import main
 from edadm_compile.errors import InputError
-from tests.cli import cases_artifacts, cases_models, cases_sampling, cases_settings, cases_usage
+from tests.cli import cases_artifacts, cases_models, cases_sampling, cases_settings, cases_usage, cases_work
 
 SHORT = {
     "{makers}": "tests.cli.makers",
@@ -20,7 +20,7 @@ SHORT = {
     "{two}": "--scheduler scheduler.json --steps 2 --targets none",
     "{ref}": "--reference tiny.pt --factory tests.cli.makers:tiny --shape 3,8,8 --cond good_labels.cond",
 }
-MODULES = (cases_usage, cases_settings, cases_models, cases_sampling, cases_artifacts)
+MODULES = (cases_usage, cases_settings, cases_models, cases_sampling, cases_artifacts, cases_work)
 CASES = [case for module in MODULES for case in module.CASES]
 
 

@@ -88,13 +88,13 @@ def test_compiling_with_gpu_code_is_refused_before_any_work(source, output, no_w
 
 
 def test_without_an_output_no_gpu_code_is_asked_for(source, result, monkeypatch):
-    monkeypatch.setattr(compile_driver, "compile_source", lambda *a: result)
+    monkeypatch.setattr(compile_driver, "compile_source", lambda *a, **k: result)
     assert compile_model(source, config(), targets="sm_80") is result
 
 
 def test_other_programs_are_compiled_with_gpu_code(source, result, tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(compile_driver, "compile_source", lambda *a: result)
+    monkeypatch.setattr(compile_driver, "compile_source", lambda *a, **k: result)
     monkeypatch.setattr(compile_driver, "build", lambda program, options, progress: built.append(options.targets))
     compile_model(source, config(deploy=None), output=tmp_path / "a.qmod", targets="sm_80")
     compile_model(source, config(), output=tmp_path / "a.qmod")

@@ -227,6 +227,7 @@ def test_an_older_file_survives(old, monkeypatch, where, error):
         monkeypatch.setattr(pipeline, "run_passes", lambda program, *rest: program)
         monkeypatch.setattr(pipeline, "capture", lambda source: None)
         monkeypatch.setattr(pipeline, "check_parameters", lambda program: None)
+        monkeypatch.setattr(pipeline, "check_divisible", lambda program, ctx: None)
         monkeypatch.setattr(pipeline, "_evaluations", lambda program, config: None)
         monkeypatch.setattr("edadm_compile.driver.workdir.program_of", lambda program: {})
     message = _fails(130 if error is not None else 3, MODEL, "--w4a8", "-o", old, "--quiet", "--targets", "none")

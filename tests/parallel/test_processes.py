@@ -76,6 +76,7 @@ def test_two_processes_arrive_at_what_one_arrives_at(compared, case):
 @pytest.fixture
 def options(tmp_path):
     """A model file, and how the command line reads it."""
+    torch.manual_seed(0)
     torch.save(TinyUNet().state_dict(), tmp_path / "tiny.pt")
     (tmp_path / "scheduler.json").write_text(json.dumps(DDIM))
     return [
