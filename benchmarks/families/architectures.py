@@ -97,7 +97,7 @@ _DDIM_CIFAR10 = Architecture(
         "norm_eps": 1e-6,
         "norm_num_groups": 32,
     },
-    scheduler=_ddpm(1e-4, 0.02, "linear", clip_sample=True),
+    scheduler=_ddpm(1e-4, 0.02, "linear"),
     reduced={"sample_size": 16, "block_out_channels": (32, 64, 64, 64)},
 )
 
@@ -143,6 +143,7 @@ _LDM_CHURCHES = Architecture(
         "downsample_type": "resnet",
         "upsample_type": "resnet",
         "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 32,  # of the middle, which would have none
         "attention_head_dim": 24,
     },
     scheduler=_ddpm(0.0015, 0.0155, "scaled_linear"),
@@ -151,6 +152,7 @@ _LDM_CHURCHES = Architecture(
         "sample_size": 16,
         "block_out_channels": (16, 32, 32, 64, 64),
         "norm_num_groups": 16,
+        "attn_norm_num_groups": 16,
         "attention_head_dim": 4,
     },
     reduced_heads=4,

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from edadm_compile.calibration.sampler import make_scheduler, read_scheduler
 from edadm_compile.errors import EdadmError, InputError
-from edadm_compile.frontend import checkpoint, diffusers_folder, exported
-from edadm_compile.frontend.conditions import read_conditions
+from edadm_compile.frontend import checkpoint, diffusers_folder, exported, original
+from edadm_compile.frontend.conditions import gather, sample_size
 from edadm_compile.frontend.guidance import GuidanceOptions
+from edadm_compile.frontend.original_weights import Weights, find_weights, read_safetensors
+from edadm_compile.frontend.prompts import Encoded
 from edadm_compile.frontend.source import Source, source_from_module
+from edadm_compile.frontend.torch_file import read_torch_file
 from edadm_compile.ir.program import SamplerSpec
 
 _DEFAULT_STEPS = 50
@@ -37,6 +40,10 @@ class LoadOptions:
         conditions: path of a safetensors file with condition tensors.
         factory: ``package.module:callable`` that builds the module for a state-dict file.
         trust_pickle: open pickled modules.
+        prompts: path of a text file with one prompt a line, encoded as calibration conditions.
+        pipeline: diffusers pipeline folder with the text encoders; by default the one that the path is, or lies in.
+        original_config: YAML file of a checkpoint in its authors' layout.
+        known_conditions: used in place of `conditions` and `prompts`.
         known_sampler: used when neither the options nor the files beside the model give one (a compiled model's).
         guidance: scale and unconditional branch of classifier-free guidance.
     """
@@ -48,6 +55,10 @@ class LoadOptions:
     conditions: Path | None = None
     factory: str | None = None
     trust_pickle: bool = False
+    prompts: Path | None = None
+    pipeline: Path | None = None
+    original_config: Path | None = None
+    known_conditions: Encoded | None = None
     known_sampler: SamplerSpec | None = None
     guidance: GuidanceOptions | None = None
 
@@ -66,13 +77,19 @@ def load_source(path: Path, options: LoadOptions | None = None) -> Source:
 def _load(path: Path, options: LoadOptions) -> Source:
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    pool = read_conditions(options.conditions)
     if path.is_dir():
-        return diffusers_folder.load(path, lambda found: _sampler(options, found, None), options.shape, pool)
+        return diffusers_folder.load(
+            path,
+            lambda found: _sampler(options, found, None),
+            options.shape,
+            lambda config: _conditions(options, path, config),
+        )
     origin = {"file": path.name, "sha256": sha256(path)}
     if exported.is_exported_program(path):
+        pool = _conditions(options, path, {}).conditions
         return exported.load(path, _sampler(options, _scheduler_beside(path), None), pool, origin)
     if options.factory is not None:
+        pool = _conditions(options, path, {}).conditions
         module = _from_factory(options.factory, path)
         return source_from_module(
             module,
@@ -82,28 +99,61 @@ def _load(path: Path, options: LoadOptions) -> Source:
             origin=origin,
         )
     if path.suffix == ".safetensors":
+        weights = read_safetensors(path)
+        if weights is not None:
+            return _load_original(weights, path, options, origin)
         raise InputError(
             f"{path} holds only tensors; name the code that builds the model with --factory package.module:callable"
         )
-    return _load_pickle_like(path, options, pool, origin)
+    return _load_pickle_like(path, options, origin)
 
 
-def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor], origin: dict[str, Any]) -> Source:
-    """torch.save files: our checkpoint dictionary, a bare state dict, or a pickled module."""
+def _conditions(options: LoadOptions, path: Path, config: dict[str, Any]) -> Encoded:
+    """What the user gives as conditions, for a model with this configuration."""
+    if options.known_conditions is not None:
+        return options.known_conditions
+    size = sample_size(config, options.shape)
+    return gather(options.conditions, options.prompts, options.pipeline or path, size)
+
+
+def _load_original(weights: Weights, path: Path, options: LoadOptions, origin: dict[str, Any]) -> Source:
+    """A checkpoint of the authors' own code."""
+    return original.load(
+        weights,
+        path,
+        options.original_config,
+        lambda found: _sampler(options, _scheduler_beside(path) or found, None),
+        options.shape,
+        lambda config: _conditions(options, path, config),
+        origin,
+    )
+
+
+def _load_pickle_like(path: Path, options: LoadOptions, origin: dict[str, Any]) -> Source:
+    """torch.save files: our checkpoint dictionary, the authors' ones, a bare state dict, or a pickled module."""
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        value = read_torch_file(path)
     except Exception as error:
         if not options.trust_pickle:
             raise InputError(_pickle_message(path, error)) from None
         value = _trusted_load(path)
     if isinstance(value, nn.Module):
+        pool = _conditions(options, path, {}).conditions
         return source_from_module(
             value, _sampler(options, _scheduler_beside(path), None), shape=options.shape, conditions=pool, origin=origin
         )
     if checkpoint.is_checkpoint(value):
         return checkpoint.load(
-            value, path, lambda config, steps: _sampler(options, config, steps), options.shape, pool, origin
+            value,
+            path,
+            lambda config, steps: _sampler(options, config, steps),
+            options.shape,
+            lambda config: _conditions(options, path, config),
+            origin,
         )
+    weights = find_weights(value, path)
+    if weights is not None:
+        return _load_original(weights, path, options, origin)
     if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
         raise InputError(
             f"{path} is a bare state dict ({len(value)} tensors); name the code that builds the model with --factory package.module:callable"
