@@ -353,3 +353,8 @@ def set_heads(model: nn.Module, heads: int) -> None:
         if isinstance(module, Attention):
             module.heads = heads
             module.scale = (module.inner_dim // heads) ** -0.5
+
+
+def churches_twin() -> nn.Module:
+    """The twin of LDM-8, whose heads a diffusers folder cannot hold: ``--factory`` names this function."""
+    return build(twin(ARCHITECTURES["ldm8-churches"]))

@@ -14,10 +14,10 @@ from torch import Tensor
 from edadm_compile.calibration.guidance import labels_in_turn
 from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler
 from edadm_compile.calibration.sampler import sample as run_sampler
-from edadm_compile.driver.options import guidance_options, load_options
+from edadm_compile.driver.options import condition_options, guidance_options, load_options
 from edadm_compile.errors import InputError
 from edadm_compile.evaluate.metrics import psnr
-from edadm_compile.frontend import guided_sampler, load_source, read_conditions
+from edadm_compile.frontend import Decoder, Encoded, find_autoencoder, guided_sampler, load_source
 from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.artifact import write_atomically
@@ -35,12 +35,15 @@ def run(
     seed: int,
     as_json: bool = False,
     engine: str | None = None,
+    decode: bool = False,
+    vae: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Sample `count` images and write a grid.
 
     Args:
         engine: as in `edadm_compile.load`.
+        decode, vae: turn latents into images with an autoencoder, found in a pipeline folder or given.
 
     Returns:
         output path, count, and the PSNR against the reference where one is given.
@@ -49,15 +52,21 @@ def run(
         EdadmError: unreadable files, or a reference that does not match.
     """
     model = load(artifact, engine=engine)
-    spec = chosen_sampler(model, options)
-    noise, conditions = inputs(model, spec, count, seed, label, options.get("conditions"))
+    place = options.get("pipeline") or reference
+    decoder = Decoder(vae or find_autoencoder(place)) if decode or vae is not None else None
+    text = condition_options(options, place, model.signature)
+    spec = chosen_sampler(model, options, text.null)
+    noise, conditions = inputs(model, spec, count, seed, label, text, in_turn=options.get("prompts") is not None)
     images = generate(spec, model.predict, noise, conditions, seed)
+    images = images if decoder is None else decoder(images)
     result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name,
                               "scheduler": spec.scheduler["_class_name"], "guidance": spec.guidance}  # fmt: skip
     rows = [images]
     if reference is not None:
-        source = load_source(reference, load_options(options, spec))
+        loading = dataclasses.replace(load_options(options, spec), known_conditions=text)
+        source = load_source(reference, loading)
         originals = generate(spec, source.denoiser(), noise, conditions, seed)
+        originals = originals if decoder is None else decoder(originals)
         values = psnr(originals, images)
         result["psnr_db"] = {
             "median": float(values.median()),
@@ -69,23 +78,39 @@ def run(
         result["note"] = (
             "the file was calibrated without guidance: its quantizers have not seen the unconditional branch"
         )
-    write_grid(rows, output, columns_for(model.signature, spec, count))
+    zoom = {} if decoder is None else {"zoom": 1}
+    write_grid(rows, output, columns_for(model.signature, spec, count), **zoom)
     return result
 
 
 def inputs(
-    model: CompiledModel, sampler: SamplerSpec, count: int, seed: int, label: int | None, pool: Path | None
+    model: CompiledModel,
+    sampler: SamplerSpec,
+    count: int,
+    seed: int,
+    label: int | None,
+    text: Encoded,
+    *,
+    in_turn: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Noise and conditions for `count` images; labels in turn unless one is asked for."""
+    """Noise and conditions for `count` images; labels in turn unless one is asked for.
+
+    Args:
+        text: the user's condition tensors.
+        in_turn: image i has row i of them (and so on from the first), in place of one drawn at random.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(model.signature, count, generator)
-    tensors = read_conditions(pool)
+    tensors = text.conditions
     conditions = draw_conditions(model.signature, count, generator, tensors, sampler.null)
     if label is not None and not any(
         s.num_classes is not None and s.name not in tensors for s in model.signature.conditions
     ):
         raise InputError("--label: the model takes no class label that is drawn here")
     for index, spec in enumerate(model.signature.conditions):
+        if in_turn and spec.name in tensors:
+            given = tensors[spec.name]
+            conditions[index] = given[torch.arange(count) % len(given)].to(spec.dtype)
         if spec.num_classes is not None and spec.name not in tensors:
             if label is not None and not 0 <= label < spec.num_classes:
                 raise InputError(f"--label: got {label}, allowed 0 to {spec.num_classes - 1}")
@@ -95,11 +120,14 @@ def inputs(
     return noise, conditions
 
 
-def chosen_sampler(model: CompiledModel, options: dict[str, Any]) -> SamplerSpec:
+def chosen_sampler(
+    model: CompiledModel, options: dict[str, Any], empty: dict[str, Tensor] | None = None
+) -> SamplerSpec:
     """The sampler the model was compiled for, unless another is asked for (its timesteps then miss the tables).
 
     Args:
         options: scheduler, steps, eta, guidance, null_label and uncond of the command line, None where not given.
+        empty: rows of the unconditional branch for options that give none.
 
     Raises:
         InputError: a sampler that cannot be made, or guidance without an unconditional branch.
@@ -111,7 +139,7 @@ def chosen_sampler(model: CompiledModel, options: dict[str, Any]) -> SamplerSpec
     spec = dataclasses.replace(
         spec, steps=spec.steps if steps is None else steps, eta=spec.eta if eta is None else eta
     )  # fmt: skip
-    spec = guided_sampler(spec, model.signature, guidance_options(options))
+    spec = guided_sampler(spec, model.signature, guidance_options(options), empty=empty)
     make_scheduler(spec)  # refuse a bad one before the float model is loaded
     return spec
 

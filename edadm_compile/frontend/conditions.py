@@ -35,9 +35,7 @@ def read_conditions(path: Path | None, option: str = "--cond") -> dict[str, Tens
     return dict(tensors)
 
 
-def gather(
-    tensors: Path | None, prompts: Path | None, folder: Path | None, size: tuple[int, int] | None
-) -> Encoded:
+def gather(tensors: Path | None, prompts: Path | None, folder: Path | None, size: tuple[int, int] | None) -> Encoded:
     """Condition tensors of ``--cond`` and ``--prompts`` together.
 
     Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from edadm_compile.errors import InputError
 from edadm_compile.frontend import checkpoint, original_ddim, original_openai
 from edadm_compile.frontend.labelled import with_labels
 from edadm_compile.frontend.original_settings import Settings, ddim_scheduler, find_settings
@@ -74,8 +75,21 @@ def build(
         name, config, state = original_openai.convert(layout, settings)
     if shape is not None:
         config["sample_size"] = shape[1] if shape[1] == shape[2] else list(shape[1:])
+    _check_first_level(weights, config, where)
     model = checkpoint.build(name, config, where)
     checkpoint.load_weights(model, state, where)
     if name == "UNet2DModel" and settings.heads is not None and weights.layout != DDIM:
         original_openai.set_heads(model, settings.heads)
     return model, settings, config
+
+
+def _check_first_level(weights: Weights, config: dict[str, Any], where: str) -> None:
+    """The classes of diffusers have one width for the first convolution, the timestep's embedding and the first level."""
+    first, time = ("conv_in", "temb.dense.0") if weights.layout == DDIM else ("input_blocks.0.0", "time_embed.0")
+    widths = (weights.state[f"{first}.weight"].shape[0], weights.state[f"{time}.weight"].shape[1])
+    level = config["block_out_channels"][0]
+    if widths != (level, level):
+        raise InputError(
+            f"{where}: its first level has {level} channels, its first convolution {widths[0]} and its timestep embedding {widths[1]}; "
+            "diffusers has no class for such a network, compile it with --factory"
+        )

@@ -103,8 +103,10 @@ def find_settings(given: Path | None, checkpoint: Path) -> Settings | None:
 
 
 def read_settings(path: Path) -> Settings:
-    """Settings of a YAML file of CompVis (``model.params.unet_config``), of ermongroup/ddim (``data``, ``diffusion``), or
-    of a flat list of the keyword arguments of OpenAI's ``UNetModel``.
+    """Settings of a YAML file.
+
+    It is one of CompVis (``model.params.unet_config``), of ermongroup/ddim (``data``, ``diffusion``), or a flat list of the
+    keyword arguments of OpenAI's ``UNetModel``.
 
     Raises:
         InputError: not YAML, or none of these.
@@ -116,7 +118,9 @@ def read_settings(path: Path) -> Settings:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, expected the YAML file that the model was trained with")
+        raise InputError(
+            f"{path} holds a {type(value).__name__}, expected the YAML file that the model was trained with"
+        )
     try:
         return _settings(value)
     except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -195,7 +195,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without its bars and remarks, which are about other uses than ours; settings are put back.
+    """Without bars and remarks of transformers, which are about other uses than ours; its settings are put back.
 
     Raises:
         InputError: the package is not installed.

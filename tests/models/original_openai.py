@@ -46,7 +46,13 @@ class Downsample(nn.Module):
 
 class ResBlock(nn.Module):
     def __init__(
-        self, channels: int, emb_channels: int, out_channels: int, scale_shift: bool, up: bool = False, down: bool = False
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        scale_shift: bool,
+        up: bool = False,
+        down: bool = False,
     ) -> None:
         super().__init__()
         self.scale_shift, self.updown = scale_shift, up or down
@@ -59,7 +65,10 @@ class ResBlock(nn.Module):
             self.h_upd, self.x_upd = Downsample(channels, False), Downsample(channels, False)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, (2 if scale_shift else 1) * out_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm32(32, out_channels), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            GroupNorm32(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(0.0),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
         same = out_channels == channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -270,13 +279,9 @@ class UNetModel(nn.Module):
                     layers.append(resblock(ch, ch, up=True) if resblock_updown else Upsample(ch, True))
                     ds //= 2
                 self.output_blocks.append(Steps(*layers))
-        self.out = nn.Sequential(
-            GroupNorm32(32, ch), nn.SiLU(), nn.Conv2d(model_channels, out_channels, 3, padding=1)
-        )
+        self.out = nn.Sequential(GroupNorm32(32, ch), nn.SiLU(), nn.Conv2d(model_channels, out_channels, 3, padding=1))
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if self.num_classes is not None:
             emb = emb + self.label_emb(y)
