@@ -103,7 +103,7 @@ def run(architecture: Architecture, folder: Path, settings: dict[str, Any]) -> d
         "shape": list(architecture.shape),
         "blocks": compiled["blocks"],
         "layers": compiled["layers"],
-        "float_layers": compiled["float_layers"],
+        "float_layers": sorted(compiled["float_layers"]),
         "average_weight_bits": compiled["average_weight_bits"],
         "bytes": compiled["bytes"],
         "verify": {
@@ -131,6 +131,13 @@ def _timed(name: str, seconds: dict[str, float], action: Callable[[], Any]) -> A
     return result
 
 
+def _rounded(value: Any) -> Any:
+    """Floats with three decimals."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return round(value, 3) if isinstance(value, float) else value
+
+
 def measure(names: Sequence[str], settings: dict[str, Any], output: Path) -> int:
     """Run families and write the result file after each; returns how many failed."""
     known = json.loads(output.read_text()) if output.exists() else {}
@@ -139,7 +146,7 @@ def measure(names: Sequence[str], settings: dict[str, Any], output: Path) -> int
     for name in names:
         with tempfile.TemporaryDirectory() as place:
             try:
-                rows[name] = {"settings": settings, **run(twin(ARCHITECTURES[name]), Path(place), settings)}
+                rows[name] = {"settings": settings, **_rounded(run(twin(ARCHITECTURES[name]), Path(place), settings))}
             except EdadmError as error:
                 traceback.print_exc()
                 rows[name] = {"settings": settings, "failed": f"{type(error).__name__}: {error}"}

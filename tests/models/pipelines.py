@@ -106,6 +106,9 @@ def stable_diffusion_xl(folder: Path) -> Any:
 
 
 def _written(pipe: Any, folder: Path) -> Any:
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
