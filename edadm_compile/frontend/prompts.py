@@ -22,6 +22,7 @@ from edadm_compile.frontend.autoencoder import downscaling
 
 _CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
 #: Prompts that are encoded at a time.
 _BATCH = 16
 
@@ -114,10 +115,15 @@ def _states(
         tokens = tokenizer(
             list(prompts[start : start + _BATCH]),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=min(tokenizer.model_max_length, encoder.config.max_position_embeddings),
             truncation=True,
             return_tensors="pt",
         )
+        if int(tokens.input_ids.max()) >= encoder.config.vocab_size:
+            raise InputError(
+                f"--prompts: the tokenizer gives token {int(tokens.input_ids.max())}, the text encoder knows {encoder.config.vocab_size}; "
+                "the folders tokenizer and text_encoder do not belong together"
+            )
         masked = getattr(encoder.config, "use_attention_mask", False)
         with torch.no_grad():
             output = encoder(
@@ -134,6 +140,8 @@ def _tokenizer(folder: Path, encoder: str) -> Any:
     from transformers import CLIPTokenizer
 
     place = folder / encoder.replace("text_encoder", "tokenizer")
+    if not any((place / file).exists() for file in _VOCABULARIES):  # transformers would make an empty one
+        raise InputError(f"--prompts: {place} is not a CLIP tokenizer: neither of {', '.join(_VOCABULARIES)} is there")
     try:
         return CLIPTokenizer.from_pretrained(place, local_files_only=True)
     except Exception as error:  # of many kinds, for files that are missing or not what they should be

@@ -57,7 +57,8 @@ def test_two_encoders_as_the_pipeline_encodes(sdxl: tuple[Any, Path], zeros: boo
     assert torch.equal(found.conditions["encoder_hidden_states"], expected)
     assert torch.equal(found.conditions["text_embeds"], pooled)
     assert torch.equal(found.null["encoder_hidden_states"], empty[:1])
-    assert torch.equal(found.null["text_embeds"], empty_pooled[:1])
+    # One row here, three equal ones there: the products are summed in another order.
+    assert float((found.null["text_embeds"] - empty_pooled[:1]).abs().max()) < 1e-5
     assert bool((empty == 0).all()) == zeros
     ids = pipe._get_add_time_ids((16, 12), (0, 0), (16, 12), torch.float32, text_encoder_projection_dim=12)
     assert torch.equal(found.conditions["time_ids"], ids.repeat(3, 1)) and "time_ids" not in found.null
