@@ -86,9 +86,7 @@ def run(architecture: Architecture, folder: Path, settings: dict[str, Any]) -> d
     request = compiling.Request(path, artifact, "cpu", None, None, {**options, **settings}, targets="none")
     seconds: dict[str, float] = {}
     compiled = _timed("compile", seconds, lambda: compiling.run(request, Silent()))
-    checked = _timed(
-        "verify", seconds, lambda: verify.run(artifact, path, count=_TRAJECTORIES, seed=1, **options)
-    )
+    checked = _timed("verify", seconds, lambda: verify.run(artifact, path, count=_TRAJECTORIES, seed=1, **options))
     verify.check(checked)
     graph = folder / "twin.onnx"
     exported = _timed("export", seconds, lambda: export.run(artifact, graph, reference=path, **options))

@@ -115,8 +115,8 @@ def inputs(
             if label is not None and not 0 <= label < spec.num_classes:
                 raise InputError(f"--label: got {label}, allowed 0 to {spec.num_classes - 1}")
             null = sampler.null[index] if sampler.null else None
-            in_turn = labels_in_turn(count, spec.num_classes, null)
-            conditions[index] = in_turn if label is None else torch.full((count,), label)
+            labels = labels_in_turn(count, spec.num_classes, null)
+            conditions[index] = labels if label is None else torch.full((count,), label)
     return noise, conditions
 
 

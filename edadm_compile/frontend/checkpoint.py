@@ -118,7 +118,10 @@ def diffusers_source(
 ) -> Source:
     """A source for a diffusers UNet: labels are drawn at random, other conditions come from the user's tensors or prompts."""
     pool = text.conditions
-    classes = getattr(model.config, "num_class_embeds", None)
+    classes: Any = getattr(model.config, "num_class_embeds", None)
+    if type(model).__name__ == "DiTTransformer2DModel":
+        classes = getattr(model.config, "num_embeds_ada_norm", None)
+        model.null_label = classes  # its table of embeddings ends with one for "no class"
     labelled = {} if classes is None or "class_labels" in pool else {"class_labels": int(classes)}
     if "encoder_hidden_states" not in pool and type(model).__name__ == "UNet2DConditionModel":
         width = getattr(model.config, "cross_attention_dim", "D")

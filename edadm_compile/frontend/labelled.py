@@ -21,7 +21,10 @@ def with_labels(unet: nn.Module, table: Tensor) -> nn.Module:
     """
     labelled = copy.copy(unet)
     labelled.__class__ = _labelled_class()
-    labelled._modules = {**unet._modules, "label_embedding": nn.Embedding.from_pretrained(table.float().clone())}  # table may be mapped from a file
+    labelled._modules = {
+        **unet._modules,
+        "label_embedding": nn.Embedding.from_pretrained(table.float().clone()),
+    }  # table may be mapped from a file
     return labelled
 
 

@@ -110,21 +110,22 @@ def _states(
     tokenizer: Any, encoder: nn.Module, prompts: Sequence[str], penultimate: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Hidden states [N, tokens, width] and what the encoder puts first in its output (of SDXL's second, the pooled state)."""
+    config: Any = encoder.config
     states, first = [], []
     for start in range(0, len(prompts), _BATCH):
         tokens = tokenizer(
             list(prompts[start : start + _BATCH]),
             padding="max_length",
-            max_length=min(tokenizer.model_max_length, encoder.config.max_position_embeddings),
+            max_length=min(tokenizer.model_max_length, config.max_position_embeddings),
             truncation=True,
             return_tensors="pt",
         )
-        if int(tokens.input_ids.max()) >= encoder.config.vocab_size:
+        if int(tokens.input_ids.max()) >= config.vocab_size:
             raise InputError(
-                f"--prompts: the tokenizer gives token {int(tokens.input_ids.max())}, the text encoder knows {encoder.config.vocab_size}; "
+                f"--prompts: the tokenizer gives token {int(tokens.input_ids.max())}, the text encoder knows {config.vocab_size}; "
                 "the folders tokenizer and text_encoder do not belong together"
             )
-        masked = getattr(encoder.config, "use_attention_mask", False)
+        masked = getattr(config, "use_attention_mask", False)
         with torch.no_grad():
             output = encoder(
                 tokens.input_ids,

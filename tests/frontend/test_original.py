@@ -141,9 +141,7 @@ def test_self_attention_alone(place: Path, name: str) -> None:
 
 def test_guided_diffusion_with_class_labels(place: Path) -> None:
     kind = {"out_channels": 6, "attention_resolutions": (2,), "channel_mult": (1, 2), "num_head_channels": 16}
-    model = randomised(
-        UNetModel, **{**SMALL, **kind}, use_scale_shift_norm=True, resblock_updown=True, num_classes=7
-    )
+    model = randomised(UNetModel, **{**SMALL, **kind}, use_scale_shift_norm=True, resblock_updown=True, num_classes=7)
     torch.save(model.state_dict(), place / "model.pt")
     (place / "config.yaml").write_text("num_head_channels: 16\nimage_size: 8\n")  # beside the file: found
     source = load_source(place / "model.pt", LoadOptions(steps=4))

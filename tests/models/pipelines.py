@@ -17,10 +17,10 @@ _UNET = {
     "in_channels": 4,
     "out_channels": 4,
     "layers_per_block": 1,
-    "block_out_channels": (8, 16),
+    "block_out_channels": (8,),  # one level: upsampling makes the capture three times as long
     "norm_num_groups": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
     "attention_head_dim": 2,
 }
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -63,25 +63,25 @@ def autoencoder(kind: str = "AutoencoderKL") -> Any:
     return getattr(diffusers, kind)(**channels, **blocks, **extra).eval()
 
 
-def conditioned_unet(**changes: Any) -> Any:
-    """A UNet that hears its text: cross-attention with large weights."""
+def conditioned_unet(loudness: float, **changes: Any) -> Any:
+    """A UNet that hears its text: cross-attention with weights of this standard deviation."""
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel(**{**_UNET, "cross_attention_dim": WIDTH, **changes}).eval()
     for name, parameter in model.named_parameters():
         if "attn2" in name and parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=loudness)
     return model
 
 
-def stable_diffusion(folder: Path, **unet: Any) -> Any:
+def stable_diffusion(folder: Path, prediction: str = "epsilon") -> Any:
     """A `StableDiffusionPipeline`, also written to `folder`."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts = {"vae": autoencoder(), "text_encoder": text_encoder(), "unet": conditioned_unet(**unet)}
-    scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+        parts = {"vae": autoencoder(), "text_encoder": text_encoder(), "unet": conditioned_unet(0.5)}
+    scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction)
     pipe = StableDiffusionPipeline(
         **parts, tokenizer=tokenizer(folder / "words"), scheduler=scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
@@ -96,8 +96,8 @@ def stable_diffusion_xl(folder: Path) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = conditioned_unet(
-            cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=12 + 6 * 4, use_linear_projection=True, transformer_layers_per_block=(1, 2),
+            0.2, cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=12 + 6 * 4, use_linear_projection=True, transformer_layers_per_block=(2,),
         )  # fmt: skip
         parts = {"vae": autoencoder(), "text_encoder": text_encoder(), "text_encoder_2": text_encoder(projected=True)}
     words = {"tokenizer": tokenizer(folder / "words"), "tokenizer_2": tokenizer(folder / "words_2")}
