@@ -141,17 +141,19 @@ def measure(names: Sequence[str], settings: dict[str, Any], output: Path) -> int
     known = json.loads(output.read_text()) if output.exists() else {}
     rows = dict(known.get("rows", {}))
     failed = 0
+    machine = describe_machine(Cpu())
+    made = {"commit": machine.pop("commit"), "settings": settings}
     for name in names:
         with tempfile.TemporaryDirectory() as place:
             try:
-                rows[name] = {"settings": settings, **_rounded(run(twin(ARCHITECTURES[name]), Path(place), settings))}
+                rows[name] = {**made, **_rounded(run(twin(ARCHITECTURES[name]), Path(place), settings))}
             except EdadmError as error:
                 traceback.print_exc()
-                rows[name] = {"settings": settings, "failed": f"{type(error).__name__}: {error}"}
+                rows[name] = {**made, "failed": f"{type(error).__name__}: {error}"}
                 failed += 1
         print(name, json.dumps(rows[name]), flush=True)
         ordered = {key: rows[key] for key in ARCHITECTURES if key in rows}
-        record = {"machine": describe_machine(Cpu()), "made_by": "benchmarks/families/twins.py", "rows": ordered}
+        record = {"machine": machine, "made_by": "benchmarks/families/twins.py", "rows": ordered}
         output.write_text(json.dumps(record, indent=2) + "\n")
     return failed
 
