@@ -1,6 +1,10 @@
 # make demo   set up, compile the digits example to W4A8, check it, draw digits.png
 # make test   set up, run the tests
+# make screenshots  compile the digits example, write the pictures of docs/images (needs Chromium)
 # make check  set up, run the linters, the type checker and the tests
+# make quick  set up, run the linters, the type checker and the tests that compile nothing
+# make docs   set up, check the generated pages and all links, build the site into build/site
+# make dist-check  build wheel and sdist, install the wheel into an empty environment and use it there
 #
 # Variables: PYTHON (the interpreter that makes the environment), VENV (its folder), PYTEST_FLAGS.
 # To use an environment that is active already: make test VENV="$VIRTUAL_ENV" (the package is installed into it).
@@ -14,7 +18,9 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.edadm-installed
 MODEL = examples/digits/model.pt
 
-.PHONY: help venv demo test lint check clean
+QUICK = tests/ir tests/quant tests/evaluate tests/calibration tests/test_config.py tests/test_layering.py tests/test_methods.py
+
+.PHONY: help venv demo test lint check quick docs dist-check screenshots clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -23,7 +29,7 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
 	touch $(STAMP)
 
 demo: venv
@@ -43,6 +49,23 @@ lint: venv
 	$(BIN)/python benchmarks/render.py --check
 
 check: lint test
+
+screenshots: venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[browser]'
+	$(BIN)/python benchmarks/docs/screenshots.py
+
+quick: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(QUICK)
+
+# mkdocs advertises its successor unless told not to.
+docs: venv
+	$(BIN)/python docs/tools/cli.py --check
+	$(BIN)/python docs/tools/links.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	$(BIN)/python docs/tools/site.py build/site
+
+dist-check: venv
+	PYTHON=$(BIN)/python .ci/dist
 
 # Removes what the targets above made; VENV only when it is the default one.
 clean:

@@ -1,5 +1,5 @@
 """``python -m edadm_compile``."""
 
-from edadm_compile.cli import main
+from edadm_compile.cli import NAME, main
 
-main()
+main(prog_name=NAME)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import json
 import tomllib
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edadm_compile.errors import ConfigError
+from edadm_compile import notebook
+from edadm_compile.errors import ConfigError, did_you_mean
 from edadm_compile.methods import METHODS, RANGES, SELECTIONS, Method
 from edadm_compile.quant.spec import ACT_BITS, WEIGHT_BITS
 
@@ -55,6 +55,10 @@ class TdacConfig:
     min_per_step: int = 1
     trajectories: int = 32
 
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        return f"TdacConfig({', '.join(f'{name}={value!r}' for name, value in _changed(self).items())})"
+
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
@@ -70,6 +74,8 @@ class ReconstructionConfig:
         qdrop: probability that an activation element stays unquantized while training.
         rounding_weight: weight of AdaRound's 0/1 regulariser, annealed from b = 20 to 2 (0: off).
         max_layers: largest number of layers in one block.
+        target_dtype: type that the float model's values inside a block are cached in: "float32", or "bfloat16" for half
+            the memory.
     """
 
     iters: int = 200
@@ -81,6 +87,11 @@ class ReconstructionConfig:
     qdrop: float | None = None
     rounding_weight: float | None = None
     max_layers: int = 8
+    target_dtype: str = "float32"
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        return f"ReconstructionConfig({', '.join(f'{name}={value!r}' for name, value in _changed(self).items())})"
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,7 @@ class QuantConfig:
         _at_least("reconstruction.iters", self.reconstruction.iters, 0)
         _at_least("reconstruction.batch", self.reconstruction.batch, 1)
         _at_least("reconstruction.max_layers", self.reconstruction.max_layers, 1)
+        _one_of("reconstruction.target_dtype", self.reconstruction.target_dtype, ("float32", "bfloat16"))
         for name in ("lr_weight", "lr_scale", "block_loss_weight", "layer_loss_weight", "rounding_weight"):
             _at_least(f"reconstruction.{name}", getattr(self.reconstruction, name) or 0.0, 0)
         if self.recipe.phases and not self.recipe.block_loss_weight and not self.recipe.layer_loss_weight:
@@ -211,9 +223,29 @@ class QuantConfig:
         }
         return dataclasses.replace(METHODS[self.method], **given)
 
+    def __repr__(self) -> str:
+        """What differs from the defaults, as an expression that makes the same settings; the two widths always."""
+        shown = {"weight_bits": self.weight_bits, "act_bits": self.act_bits, **_changed(self)}
+        return f"QuantConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the widths, the method, and what differs from the defaults."""
+        rows = {"weight_bits": self.weight_bits, "act_bits": self.act_bits, "method": self.method, **_changed(self)}
+        for name in ("tdac", "reconstruction"):
+            if name in rows:
+                rows |= {f"{name}.{key}": value for key, value in _changed(rows.pop(name)).items()}
+        return notebook.table(f"Settings {self.name}", [(name, str(value)) for name, value in rows.items()])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able form; `from_dict` inverts it."""
         return dataclasses.asdict(self)
+
+
+def _changed(settings: Any) -> dict[str, Any]:
+    """Fields of a dataclass that have another value than by default."""
+    defaults = type(settings)()
+    names = [f.name for f in dataclasses.fields(settings)]
+    return {name: value for name in names if (value := getattr(settings, name)) != getattr(defaults, name)}
 
 
 #: Settings that take the place of a method's own.
@@ -250,7 +282,8 @@ def load_config(path: Path) -> dict[str, Any]:
         text = path.read_text()
         return dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read settings file {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"cannot read settings file {path}: {reason}") from None
     except (json.JSONDecodeError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
         raise ConfigError(f"settings file {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
 
@@ -261,8 +294,7 @@ def _build(cls: type[Any], values: Any, where: str, **extra: Any) -> Any:
     types = {f.name: str(f.type) for f in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(types))}"
+            hint = did_you_mean(key, types) or f"; known are {', '.join(sorted(types))}"
             raise ConfigError(f"{where}: unknown setting {key!r}{hint}")
         if not _fits(value, types[key]):
             raise ConfigError(f"{where}: {key} must be {types[key]}, got {value!r}")
@@ -284,7 +316,8 @@ def _fits(value: Any, annotation: str) -> bool:
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}: got {value!r}, allowed {', '.join(str(a) for a in allowed if a is not None)}")
+        near = did_you_mean(str(value), [a for a in allowed if isinstance(a, str)])
+        raise ConfigError(f"{name}: got {value!r}, allowed {', '.join(str(a) for a in allowed if a is not None)}{near}")
 
 
 def _at_least(name: str, value: float, lowest: int) -> None:

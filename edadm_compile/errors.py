@@ -12,12 +12,25 @@
     ├── ContractError         integer execution and simulated quantization disagree (``verify`` failed)
     ├── QualityError          measured quality is beyond a limit that was asked for (``evaluate`` failed)
     ├── TargetError           a GPU without code in the file, or a missing tool to make or run it
-    └── ExportError           a program, or a request, that has no ONNX form
+    ├── ExportError           a program, or a request, that has no ONNX form
+    └── ParallelError         processes of one run that do not find each other, or lost one
+    └── ResourceError         out of memory, no space for checkpoints or caches, or a working folder in use
+        └── ResumeError       a working folder that belongs to another compilation
+    Stopped                   SIGINT or SIGTERM, with what was kept (a KeyboardInterrupt, no EdadmError)
 
 Messages say what happened, where, what was found, what is allowed and what to do next.
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """End of a message: "; did you mean 'x'?" where a known name is close to what was given, else nothing."""
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class EdadmError(Exception):
@@ -82,3 +95,28 @@ class ExportError(EdadmError):
     """A program cannot be written as the ONNX graph that was asked for."""
 
     exit_code = 9
+
+
+class ParallelError(EdadmError):
+    """The processes of a run under ``torchrun`` cannot go on together."""
+
+    exit_code = 11
+
+
+class ResourceError(EdadmError):
+    """The machine ran out of memory or disk space, or a working folder cannot be used."""
+
+    exit_code = 10
+
+
+class ResumeError(ResourceError):
+    """A working folder holds another compilation than the one that was asked for."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop; ``exit_code`` is 128 and the signal's number, as shells have it."""
+
+    def __init__(self, message: str = "", signum: int = 2) -> None:
+        super().__init__(message)
+        self.signum = signum
+        self.exit_code = 128 + signum

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from edadm_compile import notebook
 from edadm_compile.calibration import sampler
 from edadm_compile.calibration.collect import collect
+from edadm_compile.calibration.dataset import CalibrationSet
+from edadm_compile.calibration.given import CalibrationSamples
+from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.evaluate.compare import NoiseComparison, compare_noise
 from edadm_compile.frontend import Source
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import reference as _reference  # registers the operators' meaning  # noqa: F401
+from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.assign_widths import AssignWidths
 from edadm_compile.passes.base import Context, Pass, Progress, Silent, run_passes
+from edadm_compile.passes.caches import Caches
 from edadm_compile.passes.calibrate import Calibrate
 from edadm_compile.passes.canonicalize import Canonicalize
+from edadm_compile.passes.checkpoint import Checkpoints, NoCheckpoints, Saved, machine, resumed
 from edadm_compile.passes.decompose_attention import DecomposeAttention
+from edadm_compile.passes.finite import check_parameters
 from edadm_compile.passes.float_outputs import FloatOutputs
 from edadm_compile.passes.fold_attention import FoldAttention
 from edadm_compile.passes.freeze import Freeze
@@ -29,11 +37,15 @@ from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
+from edadm_compile.passes.out_of_memory import memory_guard
 from edadm_compile.passes.reconstruct import Reconstruct
+from edadm_compile.passes.row_shares import check_divisible
+from edadm_compile.passes.rule_check import check_rules
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
 from edadm_compile.passes.trace import trace
 from edadm_compile.passes.upsample_phases import UpsamplePhases
+from edadm_compile.report.truth import program_rows
 
 #: Fresh trajectories for the closing quality figure.
 _QUALITY_TRAJECTORIES = 16
@@ -78,6 +90,11 @@ class CompileResult:
         quality: noise-prediction error of the lowered program against the float model on fresh noise.
         allocation: calibration samples per sampler step.
         float_bytes: size of the source's parameters in fp16.
+        source: where the model came from.
+        selection: why the samples were allocated so, see `edadm_compile.calibration.dataset.CalibrationSet.selection`.
+        warnings: sentences about values that the result should not be trusted with unseen; each names a layer.
+        restored: seconds that earlier runs spent on what this one took from checkpoints, by stage.
+        computed_with: what the last bits depend on besides inputs and versions (`edadm_compile.passes.checkpoint.machine`).
     """
 
     qdq: Program
@@ -89,10 +106,27 @@ class CompileResult:
     allocation: list[int]
     float_bytes: int = 0
     source: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    restored: dict[str, float] = field(default_factory=dict)
+    computed_with: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         quality = "not measured" if self.quality is None else f"{self.quality.sqnr:.1f} dB"
         return f"CompileResult({self.config.name}, {self.config.method}, SQNR {quality}, {sum(self.seconds.values()):.0f} s)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what was asked, what runs, size, quality, time."""
+        quality = "not measured"
+        if self.quality is not None:
+            quality = f"{self.quality.sqnr:.1f} dB over all steps, worst step {self.quality.worst:.1f} dB"
+        rows = [
+            ("asked", f"{self.config.name}, method {self.config.method}"),
+            *program_rows(self.lowered, self.config.name),
+            ("noise SQNR against float", quality),
+            ("time", f"{sum(self.seconds.values()):.0f} s"),
+        ]
+        return notebook.table("Compilation", rows)
 
 
 def capture(source: Source) -> Program:
@@ -109,6 +143,11 @@ def compile_source(
     *,
     quality: bool = True,
     dump: Callable[[str, Program], None] | None = None,
+    calibration: CalibrationSamples | None = None,
+    block_finished: Callable[[BlockFinished], None] = lambda event: None,
+    world: World | None = None,
+    checkpoints: Checkpoints | None = None,
+    caches: Caches | None = None,
 ) -> CompileResult:
     """Compile a loaded source with a configuration.
 
@@ -116,34 +155,106 @@ def compile_source(
         progress: receives stages and steps; silent by default.
         quality: measure the result against the float model on fresh noise at the end.
         dump: called with each pass's name and program.
+        calibration: samples of the user's own, in place of those that are collected.
+        block_finished: told each reconstructed block.
+        world: the processes that compile together (`edadm_compile.parallel.launch`); all get the result.
+        checkpoints: results of an earlier run, and where those of this one go; none by default.
+        caches: room for values of the whole calibration set; in memory by default.
 
     Raises:
         EdadmError: see `edadm_compile.errors`.
     """
-    ctx = Context(config, progress=progress or Silent())
+    ctx = Context(
+        config,
+        progress=progress or Silent(),
+        block_finished=block_finished,
+        world=world or World(),
+        checkpoints=checkpoints or NoCheckpoints(),
+        caches=caches or Caches(),
+    )
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     torch.manual_seed(config.seed)  # nothing draws from the global generator, schedulers of other people might
     ctx.progress.stage("capture", None)
     program = capture(source)
+    check_parameters(program)  # before constants are folded, under the names of the checkpoint
     program = run_passes(program, float_passes(), ctx, dump)
-    check_reachable(program, config)  # before the expensive part: what is out of reach here stays so
+    # Before the expensive part: what is wrong or out of reach here stays so.
+    check_rules(program, config)
+    check_reachable(program, config)
+    check_divisible(program, ctx)
+    ctx.checkpoints.begin(program)
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
-    ctx.calibration = collect(program, config, ctx.generator(1), pool=source.conditions, advance=ctx.progress.advance)
+    ctx.calibration = _calibration(program, source, calibration, ctx).moved(ctx.caches.keep)
+    _warn_of_steps(ctx)
     clock.mark("calibration")
     result = program
     for item in quant_passes():
-        result = run_passes(result, [item], ctx, dump)
+        with memory_guard(f"in the stage {item.name.replace('_', ' ')}", "free memory, or take fewer --calib-samples"):
+            result = run_passes(result, [item], ctx, dump)
         if item.name == "freeze":
             qdq = result
         clock.mark(item.name)
     verify(qdq)
-    measured = _quality(program, result, source, ctx) if quality else None
+    measured = _measured(program, result, source, ctx) if quality else None
     clock.mark("quality")
     counts = ctx.calibration.allocation.counts.tolist()
+    restored: dict[str, float] = {}
+    for name, spent in ctx.checkpoints.restored.items():
+        stage = name.partition(".")[0]
+        restored[stage] = restored.get(stage, 0.0) + spent
     return CompileResult(
-        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance()
+        qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance(),
+        ctx.calibration.selection(), ctx.all_warnings(), restored, machine(),
+    )  # fmt: skip
+
+
+def _warn_of_steps(ctx: Context) -> None:
+    """Few samples are no error, but the ranges of steps without one are guesses."""
+    counts = ctx.calibration.allocation.counts
+    without = int((counts == 0).sum())
+    if without:
+        ctx.warn(
+            f"{int(counts.sum())} calibration sample(s) for {counts.numel()} sampler steps: {without} steps have none, and "
+            f"all layers are calibrated without them; give --calib-samples {counts.numel()} or more"
+        )
+
+
+def _calibration(program: Program, source: Source, given: CalibrationSamples | None, ctx: Context) -> CalibrationSet:
+    def make() -> CalibrationSet:
+        with memory_guard("collecting calibration samples", "free memory, or take fewer --calib-samples"):
+            return collect(
+                program, ctx.config, ctx.generator(1), pool=source.conditions, given=given,
+                advance=ctx.progress.advance, world=ctx.world,
+            )  # fmt: skip
+
+    return resumed(
+        ctx.checkpoints,
+        "calibration",
+        make,
+        lambda made: Saved(*made.to_tensors()),
+        lambda saved: CalibrationSet.from_tensors(saved.tensors, saved.values),
+    )
+
+
+def _measured(program: Program, lowered: Program, source: Source, ctx: Context) -> NoiseComparison:
+    def restore(saved: Saved) -> NoiseComparison:
+        values = saved.values
+        branches = values["branches"]
+        return NoiseComparison(
+            values["sqnr"],
+            values["sqnr_without_last"],
+            tuple(values["per_step"]),
+            None if branches is None else (branches[0], branches[1]),
+        )
+
+    return resumed(
+        ctx.checkpoints,
+        "quality",
+        lambda: _quality(program, lowered, source, ctx),
+        lambda made: Saved(values=asdict(made)),
+        restore,
     )
 
 
@@ -164,7 +275,7 @@ def _quality(program: Program, lowered: Program, source: Source, ctx: Context) -
         ctx.progress.advance(1)
         return lowered(*inputs)
 
-    return compare_noise(program, counted, program.sampler, x, conditions)
+    return compare_noise(divided(program, ctx.world), divided(counted, ctx.world), program.sampler, x, conditions)
 
 
 class _Clock:

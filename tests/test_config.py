@@ -114,7 +114,7 @@ def test_unreadable_files_are_explained(tmp_path):
         ({"act_bits": 9}, "act_bits: got 9, allowed 2, 3, 4, 5, 6, 7, 8, 16"),
         ({"method": "magic"}, "method: got 'magic', allowed default, eda-dm, q-diffusion, tfmq-dm, ptq4dm, minmax"),
         ({"selection": "best"}, "selection: got 'best', allowed tdac, density, diversity, uniform, normal$"),
-        ({"ranges": "max"}, "ranges: got 'max', allowed mse, l2.4, minmax$"),
+        ({"ranges": "max"}, "ranges: got 'max', allowed mse, l2.4, minmax; did you mean 'minmax'"),
         ({"reconstruction": ReconstructionConfig(block_loss_weight=0, layer_loss_weight=0)}, "nothing to minimise"),
         ({"attention": "int4"}, "attention"),
         ({"deploy": "tensorrt"}, "deploy: got 'tensorrt', allowed onnxruntime$"),

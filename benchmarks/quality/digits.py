@@ -115,6 +115,11 @@ class Benchmark:
         batches = zip(self.noise.split(50), self.labels.split(50), strict=True)
         return torch.cat([sample(model, self.source.sampler, x, [y]) for x, y in batches]).clamp(-1, 1)
 
+    def features(self, images: Tensor) -> Tensor:
+        """What Fréchet distances compare: features [N, D] of the example's classifier."""
+        found: Tensor = self.classifier.features(images)
+        return found
+
     def _judge(self, images: Tensor) -> dict[str, float]:
         with torch.no_grad():
             right = (self.classifier(images).argmax(dim=1) == self.labels).double().mean()

@@ -7,6 +7,9 @@ noise-prediction SQNR over whole float trajectories from fresh noise, median PSN
 of conditional samples that the example's classifier recognises, and Fréchet distances of its features (to real digits, and
 to the float model's own samples). Budgets are the same for all methods and smaller than the command line's defaults; the
 file says which. A cell that is in the file already is not computed again, so an interrupted run goes on where it was.
+
+"TFMQ-DM (simulated)" adds what that method has no integer form for here, one set of activation scales per sampler step
+(`benchmarks/quality/tfmq.py`); its cells are fake-quantized floats, those of all other rows programs with integer constants.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -25,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality import tfmq
 from benchmarks.quality.digits import Benchmark, machine
 from edadm_compile.config import QuantConfig
 from edadm_compile.driver.compile import make_config
@@ -38,32 +43,34 @@ METHODS: dict[str, dict[str, Any]] = {
     "PTQ4DM": {"method": "ptq4dm"},
     "Q-Diffusion": {"method": "q-diffusion"},
     "TFMQ-DM": {"method": "tfmq-dm"},
+    "TFMQ-DM (simulated)": {"method": "tfmq-dm", "simulated": True},
     "EDA-DM": {"method": "eda-dm"},
     "ours, strict": {"uniform": True},
     "ours": {},
 }
-#: What TDAC and the layer losses (FBR) are worth, alone and together, on our method with strict widths.
+#: What the parts of our method are worth: TDAC and the layer losses (FBR) alone and together, then one switch each.
+#: With the widths of the default, or the strict ones (``--uniform``).
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "neither": {"uniform": True, "selection": "uniform", "loss": "block"},
-    "TDAC": {"uniform": True, "loss": "block"},
-    "FBR": {"uniform": True, "selection": "uniform"},
-    "both": {"uniform": True},
-    "density alone": {"uniform": True, "selection": "density", "loss": "block"},
-    "diversity alone": {"uniform": True, "selection": "diversity", "loss": "block"},
-    "layer losses alone": {"uniform": True, "loss": "layer"},
-    "QDrop": {"uniform": True, "qdrop": 0.5},
-    "regulariser": {"uniform": True, "rounding_weight": 0.01},
-    "no split": {"uniform": True, "split": False},
-    "no mean correction": {"uniform": True, "mean_correction": False},
+    "neither": {"selection": "uniform", "loss": "block"},
+    "TDAC": {"loss": "block"},
+    "FBR": {"selection": "uniform"},
+    "both": {},
+    "density alone": {"selection": "density", "loss": "block"},
+    "diversity alone": {"selection": "diversity", "loss": "block"},
+    "layer losses alone": {"loss": "layer"},
+    "QDrop": {"qdrop": 0.5},
+    "regulariser": {"rounding_weight": 0.01},
+    "no split": {"split": False},
+    "no mean correction": {"mean_correction": False},
 }
 #: Settings without an option on the command line.
-_FILE_ONLY = ("mean_correction", "rounding_weight")
+_FILE_ONLY = ("mean_correction", "rounding_weight", "simulated")
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4")
 FIGURES = (
     "sqnr_db", "sqnr_without_last_step_db", "worst_step_db", "psnr_median_db", "recognised_percent", "frechet_to_real",
     "frechet_to_float", "compile_seconds",
 )  # fmt: skip
-_bench: Benchmark | None = None
+_bench: Any = None
 
 
 def configuration(settings: dict[str, Any], width: str, seed: int, iters: int, samples: int) -> QuantConfig:
@@ -79,33 +86,40 @@ def configuration(settings: dict[str, Any], width: str, seed: int, iters: int, s
     return config
 
 
-def prepare(n: int, trajectories: int) -> None:
-    """In each process: the model, the noise, the classifier."""
+def prepare(benchmark: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """In each process: the model, the noise, the features, as `benchmark` makes them (`digits.Benchmark`, say)."""
     global _bench
     torch.set_num_threads(1)
-    _bench = Benchmark(n, trajectories)
+    _bench = benchmark(*arguments)
 
 
 def cell(settings: dict[str, Any], width: str, seed: int, iters: int, samples: int) -> dict[str, float]:
     """Compile and measure."""
     assert _bench is not None
+    config = configuration(settings, width, seed, iters, samples)
     start = time.perf_counter()
-    result = compile_source(
-        _bench.source, configuration(settings, width, seed, iters, samples), Silent(), quality=False
+    model: Any = (
+        tfmq.simulate(_bench.source, config)
+        if settings.get("simulated")
+        else compile_source(_bench.source, config, Silent(), quality=False).qdq
     )
     seconds = time.perf_counter() - start
-    found, images = _bench.measure(result.qdq)
-    features = _bench.classifier.features
+    found, images = _bench.measure(model)
     with torch.no_grad():
-        distance = frechet(features(images), features(_bench.images))
+        distance = frechet(_bench.features(images), _bench.features(_bench.images))
     return {**found, "frechet_to_float": distance, "compile_seconds": seconds}
 
 
-def run(todo: list[tuple[str, str, int]], table: dict[str, dict[str, Any]], args: Any, result: dict[str, Any]) -> None:
+def run(
+    todo: list[tuple[str, str, int]],
+    table: dict[str, dict[str, Any]],
+    args: Any,
+    result: dict[str, Any],
+    subject: tuple[Callable[..., Any], tuple[Any, ...]],
+) -> None:
     """Compute the missing cells; the file is written after each."""
     context = get_context("spawn")
-    arguments = (args.n, args.trajectories)
-    with ProcessPoolExecutor(args.jobs, context, initializer=prepare, initargs=arguments) as pool:
+    with ProcessPoolExecutor(args.jobs, context, initializer=prepare, initargs=subject) as pool:
         waiting = {pool.submit(cell, table[m], w, s, args.iters, args.samples): (m, w, s) for m, w, s in todo}
         for number, future in enumerate(as_completed(waiting), 1):
             method, width, seed = waiting[future]
@@ -124,7 +138,7 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for (method, width), found in sorted(groups.items(), key=lambda g: (WIDTHS.index(g[0][1]), g[0][0])):
         row: dict[str, Any] = {"width": width, "method": method, "seeds": len(found)}
-        for name in FIGURES:
+        for name in (f for f in FIGURES if all(f in r for r in result["cells"].values())):
             values = [r[name] for r in found]
             row[name], row[f"{name}_spread"] = statistics.mean(values), max(values) - min(values)
         rows.append(row)
@@ -172,11 +186,10 @@ def plot(out: Path, result: dict[str, Any]) -> None:
     figure.savefig(out.with_suffix(".png"), dpi=150)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Compute what is missing, then write the table and the plot."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every table of methods."""
     parser.add_argument("--out", type=Path, required=True, help="path without suffix")
-    parser.add_argument("--ablations", action="store_true", help="what the parts of our method are worth instead")
+    parser.add_argument("--uniform", action="store_true", help="strict widths for every row")
     parser.add_argument("--widths", default=",".join(WIDTHS))
     parser.add_argument("--only", help="methods, comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
@@ -185,25 +198,55 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-n", type=int, default=200, help="conditional samples for images and Fréchet distances")
     parser.add_argument("--trajectories", type=int, default=16)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
-    args = parser.parse_args(argv)
-    table = ABLATIONS if args.ablations else METHODS
+
+
+def complete(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    table: dict[str, dict[str, Any]],
+    subject: tuple[Callable[..., Any], tuple[Any, ...]],
+    about: dict[str, Any],
+    floating: dict[str, float],
+) -> None:
+    """Compute what is missing of a table, then write it and its plot.
+
+    Args:
+        subject: what `prepare` gets: it makes the object that cells are measured with.
+        about: what else the figures depend on; kept with the budget.
+        floating: figures of the float model.
+    """
+    if args.uniform:
+        table = {name: {**settings, "uniform": True} for name, settings in table.items()}
+        about = {**about, "uniform": True}
     names = args.only.split(",") if args.only else list(table)
     if unknown := [n for n in names if n not in table]:
         parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(table)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    budget = {name: getattr(args, name) for name in ("iters", "samples", "n", "trajectories")}
+    budget = {name: getattr(args, name) for name in ("iters", "samples", "n", "trajectories")} | about
     result: dict[str, Any] = {"machine": machine(), "budget": budget, "cells": {}}
     if args.out.with_suffix(".json").exists():
         before = json.loads(args.out.with_suffix(".json").read_text())
         if before["budget"] != budget:
             parser.error(f"{args.out}.json was made with {before['budget']}, not {budget}; choose another --out")
         result = before  # with the machine that most of it was measured on
+    if floating:
+        result["float"] = floating
     order = itertools.product(range(args.seeds), args.widths.split(","), names)
     todo = [(m, w, s) for s, w, m in order if f"{m} {w} {s}" not in result["cells"]]
     if todo:
-        run(todo, table, args, result)
+        run(todo, table, args, result, subject)
     write(args.out, result)
     plot(args.out, result)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The table of the digits model."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_options(parser)
+    parser.add_argument("--ablations", action="store_true", help="what the parts of our method are worth instead")
+    args = parser.parse_args(argv)
+    table = ABLATIONS if args.ablations else METHODS
+    complete(parser, args, table, (Benchmark, (args.n, args.trajectories)), {}, {})
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from edadm_compile.calibration import guidance, sampler, tdac
+from edadm_compile.calibration import diagnosis, guidance, sampler, tdac
 from edadm_compile.calibration.dataset import CalibrationSet, Trajectories
+from edadm_compile.calibration.given import CalibrationSamples, given_set
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import shape_of, x_dependent
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program
+from edadm_compile.parallel.world import World, divided
 
 _UP_OPS = ("upsample", "conv_transpose", "pixel_shuffle", "cat.default", "concat.default")
 #: Trajectories advanced together; bounds memory, not the result.
@@ -57,12 +59,12 @@ def bottleneck(program: Program, override: str | None = None) -> fx.Node:
 
 
 class _FeatureTap(fx.Interpreter):
-    """Runs a graph and keeps one node's value."""
+    """Runs a graph, each process its share of the rows, and keeps one node's value for all of them."""
 
-    def __init__(self, program: Program, node: fx.Node) -> None:
+    def __init__(self, program: Program, node: fx.Node, world: World) -> None:
         super().__init__(program.graph_module)
         self._node = node
-        self._program = program
+        self._program, self._world = program, world
         self.feature = torch.empty(0)
 
     def run_node(self, n: fx.Node) -> object:
@@ -73,11 +75,17 @@ class _FeatureTap(fx.Interpreter):
         return result
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        share = self._world.share(inputs[0].shape[0])
+        prediction = self._rows(*share.of(inputs))
+        self.feature = self._world.join(self.feature, share)
+        return self._world.join(prediction, share)
+
+    def _rows(self, *inputs: Tensor) -> Tensor:
         signature = self._program.signature
         if not signature.min_batch <= inputs[0].shape[0] <= signature.max_batch:
             parts, features = [], []
             for piece, rows in signature.batches(inputs):
-                parts.append(self(*piece)[:rows])
+                parts.append(self._rows(*piece)[:rows])
                 features.append(self.feature[:rows])
             self.feature = torch.cat(features)
             return torch.cat(parts)
@@ -91,7 +99,9 @@ def collect(
     generator: torch.Generator,
     *,
     pool: dict[str, Tensor] | None = None,
+    given: CalibrationSamples | None = None,
     advance: Callable[[int, str], None] = lambda steps, message: None,
+    world: World | None = None,
 ) -> CalibrationSet:
     """Choose and collect calibration samples for a float program.
 
@@ -100,12 +110,20 @@ def collect(
 
     Args:
         pool: the user's condition tensors by name.
+        given: the user's own samples, taken instead; the scoring batch is still run, for the passes that measure on it.
         advance: progress callback (model evaluations done, remark).
+        world: processes that share the rows of each batch; all of them get the whole set.
 
     Raises:
         CalibrationError: the model's prediction is not finite.
+        InputError: given samples that the model cannot be called with.
     """
-    trajectories, features = _score_batch(program, config, generator, pool, advance)
+    world = world or World()
+    if given is not None:
+        given.inputs(program.signature)  # refused before the work
+    trajectories, features = _score_batch(program, config, generator, pool, advance, world)
+    if given is not None:
+        return given_set(program, given, trajectories)
     steps = len(features)
     allocation = tdac.choose(config.recipe.selection, features, trajectories.t, config.calib_samples, config.tdac)
     assigned = torch.repeat_interleave(torch.arange(steps), allocation.counts)
@@ -113,7 +131,8 @@ def collect(
     conditions = sampler.draw_conditions(program.signature, assigned.numel(), generator, pool, program.sampler.null)
     states = []
     for rows in torch.arange(assigned.numel()).split(_CHUNK):  # sorted by step: a chunk stops early together
-        states.append(_run_down(program, x[rows], [c[rows] for c in conditions], assigned[rows], generator, advance))
+        mine = x[rows], [c[rows] for c in conditions], assigned[rows]
+        states.append(_run_down(program, *mine, generator, advance, world))
     order = torch.randperm(assigned.numel(), generator=generator)
     x, assigned, conditions = torch.cat(states)[order], assigned[order], [c[order] for c in conditions]
     if program.sampler.guided:
@@ -128,11 +147,13 @@ def _score_batch(
     generator: torch.Generator,
     pool: dict[str, Tensor] | None,
     advance: Callable[[int, str], None],
+    world: World,
 ) -> tuple[Trajectories, list[Tensor]]:
-    tap = _FeatureTap(program, bottleneck(program))
+    tap = _FeatureTap(program, bottleneck(program), world)
     n = config.tdac.trajectories
     x = sampler.draw_noise(program.signature, n, generator)
     conditions = sampler.draw_conditions(program.signature, n, generator, pool, program.sampler.null)
+    rows = tuple(guidance.both_branches(program.sampler, conditions))
     features: list[Tensor] = []
     states: list[Tensor] = []
     predictions: list[Tensor] = []
@@ -140,8 +161,10 @@ def _score_batch(
 
     def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
         if not bool(torch.isfinite(prediction).all()):
+            inputs = (x_in, torch.full((x_in.shape[0],), t).to(program.signature.inputs[1].dtype), *rows)
             raise CalibrationError(
-                f"the model's prediction at timestep {t:g} is not finite; check the weights and the scheduler"
+                f"the model's prediction at timestep {t:g} is not finite: {diagnosis.explain(program, inputs)}; check the "
+                "weights, the conditions and the scheduler"
             )
         # A scheduler such as PNDM calls the model more than once at some timesteps: every call is a step here.
         features.append(tap.feature)
@@ -152,7 +175,6 @@ def _score_batch(
 
     sampler.sample(tap, program.sampler, x, conditions, generator=generator, hook=hook)
     t = torch.tensor(times, dtype=torch.float64).to(program.signature.inputs[1].dtype)
-    rows = tuple(guidance.both_branches(program.sampler, conditions))
     return Trajectories(torch.stack(states), torch.stack(predictions), t, rows), features
 
 
@@ -163,6 +185,7 @@ def _run_down(
     assigned: Tensor,
     generator: torch.Generator,
     advance: Callable[[int, str], None],
+    world: World,
 ) -> Tensor:
     """States of a chunk of trajectories, each at its assigned step."""
     result = torch.empty_like(x)
@@ -173,5 +196,6 @@ def _run_down(
         advance(x_in.shape[0], f"collecting t={t:g}")
 
     last = int(assigned.max())
-    sampler.sample(program, program.sampler, x, conditions, generator=generator, hook=hook, stop_after=last + 1)
+    model = divided(program, world)
+    sampler.sample(model, program.sampler, x, conditions, generator=generator, hook=hook, stop_after=last + 1)
     return result

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, source_options
+from edadm_compile.cli.options import FILE, guarded, output_options, print_json, source_options
 
 
 @click.command()
@@ -18,10 +17,8 @@ from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, 
 @click.option("--repeats", type=click.IntRange(2, 10_000), help="Rounds (default 30; on the CPU 10).")
 @click.option("--kernels", is_flag=True, help="Also time every launch alone, against measured ceilings (GPU).")
 @click.option("--device", help="cpu or cuda (default: the GPU where there is one).")
-@click.option("--quiet", is_flag=True, help="No progress.")
 @source_options
-@json_option
-@debug_option
+@output_options()
 @guarded
 def bench(
     artifact: Path,
@@ -31,6 +28,7 @@ def bench(
     kernels: bool,
     device: str | None,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -40,9 +38,9 @@ def bench(
     from edadm_compile.report import progress as bars
 
     wanted = driver.Options(driver.parse_batches(batch), repeats, kernels)
-    with bars.reporter(quiet or as_json) as progress:
+    with bars.reporter(quiet, verbose) as progress:
         result = driver.run(artifact, baseline, wanted, device, progress, **options)
     if as_json:
-        click.echo(json.dumps(result, indent=2, allow_nan=False))
+        print_json(result)
     else:
         bench_tables.print_bench(result)

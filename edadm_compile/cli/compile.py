@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,15 @@ import click
 
 from edadm_compile.cli.options import (
     FILE,
-    debug_option,
+    OneOf,
     device_options,
     guarded,
-    json_option,
+    output_options,
+    print_json,
     sampler_options,
     source_options,
+    stopping_on_sigterm,
+    work_options,
 )
 from edadm_compile.config import PRESETS
 from edadm_compile.methods import LOSSES, METHODS, SELECTIONS
@@ -43,7 +45,7 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--acts-bits", type=int, help="Activation width, 2 to 8 or 16.")
 @click.option(
     "--method",
-    type=click.Choice(list(METHODS)),
+    type=OneOf(list(METHODS)),
     help="EDA-DM with our additions (default), a published method, or round to nearest.",
 )
 @click.option("--uniform", is_flag=True, default=None, help="Strict widths: no promoted layers, 8-bit stem input.")
@@ -59,24 +61,22 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     metavar="DB",
     help="The same: fewest stored bits with at least so much predicted noise SQNR.",
 )
-@click.option(
-    "--attention", type=click.Choice(["float", "int8"]), help="Attention products in float (default) or int8."
-)
+@click.option("--attention", type=OneOf(["float", "int8"]), help="Attention products in float (default) or int8.")
 @click.option(
     "--deploy",
-    type=click.Choice(["onnxruntime"]),
+    type=OneOf(["onnxruntime"]),
     help="Engine to optimise for: output scales join the reconstruction.",
 )
 @click.option("--iters", type=int, help="Reconstruction steps per block (0: round to nearest).")
 @click.option("--calib-samples", type=int, help="Calibration samples.")
 @click.option(
     "--selection",
-    type=click.Choice(SELECTIONS),
+    type=OneOf(SELECTIONS),
     help="How calibration samples are spread over the timesteps (default: the method's).",
 )
 @click.option(
     "--loss",
-    type=click.Choice(list(LOSSES)),
+    type=OneOf(list(LOSSES)),
     help="What reconstruction minimises: errors of block outputs, of the layers inside, or both (default: the method's).",
 )
 @click.option("--qdrop", type=click.FloatRange(0, 1), help="Share of activations left unquantized while training.")
@@ -89,15 +89,16 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @device_options
 @source_options
 @sampler_options
+@work_options
+@click.option("--report", type=FILE, metavar="FILE.html", help="Also write a page about the result.")
 @click.option("--dump-graphs", type=FILE, metavar="DIR", help="Write the graph after each pass.")
-@click.option("--quiet", is_flag=True, help="No progress, no summary.")
-@json_option
-@debug_option
+@output_options("No progress, no summary.")
 @guarded
 def compile(
     model: Path,
     output: Path | None,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
     device: str,
     config_file: Path | None,
@@ -105,6 +106,10 @@ def compile(
     targets: str | None,
     batch: str | None,
     store: str | None,
+    report: Path | None,
+    workdir: Path | None,
+    restart: bool,
+    threads: int | None,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -112,8 +117,9 @@ def compile(
     MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
     """
     from edadm_compile.driver import compile as driver
+    from edadm_compile.parallel.launch import processes
     from edadm_compile.report import progress as bars
-    from edadm_compile.report import tables
+    from edadm_compile.report import report_lines, tables
 
     request = driver.Request(
         model=model,
@@ -125,10 +131,23 @@ def compile(
         targets=targets,
         batch=batch,
         store=store,
+        report=report,
+        workdir=workdir,
+        restart=restart,
+        threads=threads,
+        say=lambda sentence: None if quiet else click.echo(sentence, err=True),
     )
-    with bars.reporter(quiet or as_json) as progress:
-        summary = driver.run(request, progress)
+    with (
+        stopping_on_sigterm(),
+        processes() as world,
+        bars.reporter(quiet or not world.leads, verbose) as progress,
+    ):
+        summary = driver.run(request, progress, world)
+    if not world.leads:
+        return
     if as_json:
-        click.echo(json.dumps(summary, indent=2))
+        print_json(summary)
     elif not quiet:
         tables.print_summary(summary)
+        if report is not None:
+            report_lines.print_report(summary["report"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, source_options
+from edadm_compile.cli.options import FILE, OneOf, guarded, output_options, print_json, source_options
 
 
 @click.command()
@@ -22,31 +21,31 @@ from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, 
 @click.option("--batch", type=click.IntRange(1, 4096), default=32, show_default=True, help="Images at a time.")
 @click.option(
     "--engine",
-    type=click.Choice(["onnxruntime", "reference", "cuda"]),
+    type=OneOf(["onnxruntime", "reference", "cuda"]),
     help="What runs ARTIFACT (default: ONNX Runtime).",
 )
 @click.option("--seed", type=click.IntRange(0, 1_000_000), default=0, show_default=True)
 @click.option("--fail-below", metavar="NAME=X,...", help="Least quality, such as sqnr=27,psnr=29,ssim=0.9.")
 @click.option("--fail-above", metavar="NAME=X,...", help="Largest distance, such as frechet=2,kid=0.01.")
-@click.option("--quiet", is_flag=True, help="No progress.")
 @source_options
-@json_option
-@debug_option
+@output_options()
 @guarded
-def evaluate(artifact: Path, reference: Path, quiet: bool, as_json: bool, **options: Any) -> None:
+def evaluate(artifact: Path, reference: Path, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     """Measure the quality of ARTIFACT against the float model, from the same noise.
 
     Exits with 7 when a limit of --fail-below or --fail-above is missed.
     """
     from edadm_compile.driver import evaluate as driver
+    from edadm_compile.parallel.launch import processes
     from edadm_compile.report import evaluate_tables as tables
     from edadm_compile.report import progress as bars
 
     wanted = driver.Options(**{name: options.pop(name) for name in driver.Options.__dataclass_fields__})
-    with bars.reporter(quiet or as_json) as progress:
-        result = driver.run(artifact, reference, wanted, progress, **options)
-    if as_json:
-        click.echo(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        tables.print_evaluation(result)
-    driver.check(result)
+    with processes() as world:
+        with bars.reporter(quiet or not world.leads, verbose) as progress:
+            result = driver.run(artifact, reference, wanted, progress, world, **options)
+        if as_json and world.leads:
+            print_json(result)
+        elif world.leads:
+            tables.print_evaluation(result)
+        driver.check(result)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, sampler_options, source_options
+from edadm_compile.cli.options import FILE, OneOf, guarded, output_options, print_json, sampler_options, source_options
 
 
 @click.command()
@@ -21,19 +20,23 @@ from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, 
 @click.option("--label", type=int, help="Class label for all images (default: labels in turn).")
 @click.option("--decode", is_flag=True, help="Latents to images with the autoencoder of --pipeline or --reference.")
 @click.option("--vae", type=FILE, metavar="FOLDER", help="The same with this diffusers autoencoder.")
-@click.option("--engine", type=click.Choice(["onnxruntime", "reference"]), help="CPU engine (default: ONNX Runtime).")
+@click.option("--engine", type=OneOf(["onnxruntime", "reference"]), help="CPU engine (default: ONNX Runtime).")
 @click.option("--seed", type=int, default=0, show_default=True)
 @source_options
 @sampler_options
-@json_option
-@debug_option
+@output_options("No progress, no summary.")
 @guarded
-def sample(artifact: Path, as_json: bool, **options: Any) -> None:
+def sample(artifact: Path, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     """Generate images with ARTIFACT, beside the float model's when one is given."""
     from edadm_compile.driver import sample as driver
+    from edadm_compile.parallel.launch import processes
+    from edadm_compile.report import progress as bars
 
-    result = driver.run(artifact, as_json=as_json, **options)
+    with processes() as world, bars.reporter(quiet or not world.leads, verbose) as progress:
+        result = driver.run(artifact, progress=progress, world=world, **options)
+    if not world.leads:
+        return
     if as_json:
-        click.echo(json.dumps(result, indent=2))
-    else:
+        print_json(result)
+    elif not quiet:
         driver.print_result(result)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from edadm_compile.cli.options import FILE, debug_option, device_options, guarded, json_option
+from edadm_compile.cli.options import FILE, device_options, guarded, output_options, print_json
 
 
 @click.command()
 @click.argument("artifact", type=FILE)
 @click.option("-o", "--output", type=FILE, help="File to write (default: replace ARTIFACT).")
 @device_options
-@click.option("--quiet", is_flag=True, help="No progress, no summary.")
-@json_option
-@debug_option
+@output_options("No progress, no summary.")
 @guarded
 def target(
     artifact: Path,
@@ -25,6 +22,7 @@ def target(
     batch: str | None,
     store: str | None,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Make GPU code for ARTIFACT, in place of what it holds; nothing is quantized again."""
@@ -33,9 +31,9 @@ def target(
     from edadm_compile.report import tables
 
     wanted = driver.options_of(targets, batch, store)
-    with bars.reporter(quiet or as_json) as progress:
-        result = driver.retarget(artifact, output or artifact, wanted, progress)
+    with bars.reporter(quiet, verbose) as progress:
+        result = driver.retarget(artifact, output or artifact, wanted, progress, store)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_json(result)
     elif not quiet:
         tables.print_device(result["device"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from edadm_compile.cli.options import FILE, debug_option, guarded, json_option
+from edadm_compile.cli.options import FILE, guarded, output_options, print_json
 
 
 @click.command()
@@ -17,9 +16,7 @@ from edadm_compile.cli.options import FILE, debug_option, guarded, json_option
 @click.option("--batch", metavar="N,N", help="Batch sizes besides those of the file's plans.")
 @click.option("--budget", type=click.FloatRange(1), metavar="SECONDS", help="Stop the search after this time.")
 @click.option("--table", type=FILE, metavar="FILE.json", help="Also write the tiles and times, even when interrupted.")
-@click.option("--quiet", is_flag=True, help="No progress, no summary.")
-@json_option
-@debug_option
+@output_options("No progress, no summary.")
 @guarded
 def tune(
     artifact: Path,
@@ -28,6 +25,7 @@ def tune(
     budget: float | None,
     table: Path | None,
     quiet: bool,
+    verbose: bool,
     as_json: bool,
 ) -> None:
     """Measure tiles for the matrix kernels of ARTIFACT on the GPU present and write it with the fastest."""
@@ -36,11 +34,11 @@ def tune(
     from edadm_compile.report import bench_tables
     from edadm_compile.report import progress as bars
 
-    with bars.reporter(quiet or as_json) as progress:
+    with bars.reporter(quiet, verbose) as progress:
         wanted = batches.parse_batches(batch)
         result = driver.run(artifact, output or artifact, wanted, budget, table, progress)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_json(result)
     elif not quiet:
         bench_tables.print_tune(result)
     if result["interrupted"]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, source_options
+from edadm_compile.cli.options import FILE, guarded, output_options, print_json, source_options
 
 
 @click.command()
@@ -17,19 +16,20 @@ from edadm_compile.cli.options import FILE, debug_option, guarded, json_option, 
 @click.option("-n", "count", type=click.IntRange(1, 4096), default=8, show_default=True, help="Trajectories.")
 @click.option("--seed", type=int, default=1, show_default=True)
 @source_options
-@json_option
-@debug_option
+@output_options()
 @guarded
-def verify(artifact: Path, as_json: bool, **options: Any) -> None:
+def verify(artifact: Path, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     """Check ARTIFACT: integer execution against simulated quantization, layer by layer and end to end.
 
     Exits with 7 when the numeric contract is broken.
     """
     from edadm_compile.driver import verify as driver
+    from edadm_compile.report import progress as bars
 
-    result = driver.run(artifact, **options)
+    with bars.reporter(quiet, verbose) as progress:
+        result = driver.run(artifact, progress=progress, **options)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        print_json(result)
     else:
         driver.print_result(result)
     driver.check(result)

@@ -17,7 +17,7 @@ from edadm_compile.driver.contenders import Contender, Predict, baseline_contend
 from edadm_compile.driver.machine import Device, describe_machine, pick_device
 from edadm_compile.driver.options import load_options
 from edadm_compile.driver.options import parse_batches as parse_batches
-from edadm_compile.errors import InputError
+from edadm_compile.driver.verify import same_inputs
 from edadm_compile.evaluate.metrics import finite, sqnr
 from edadm_compile.evaluate.timing import Rules, interleave
 from edadm_compile.frontend import Source, load_source
@@ -74,10 +74,7 @@ def run(
     source = None
     if baseline is not None:
         source = load_source(baseline, load_options(source_options, loaded.lowered.sampler))
-        ours = [(s.name, s.shape) for s in loaded.lowered.signature.inputs]
-        theirs = [(s.name, s.shape) for s in source.signature.inputs]
-        if ours != theirs:
-            raise InputError(f"--baseline takes inputs {theirs}, the artifact was compiled from a model with {ours}")
+        same_inputs(source, loaded, "--baseline")
     return measure(artifact, loaded, source, options, pick_device(device), progress)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from edadm_compile.driver.options import parse_batches
-from edadm_compile.errors import InputError
+from edadm_compile.driver.outputs import check_writable
+from edadm_compile.errors import ConfigError, InputError
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import aot
 from edadm_compile.kernels.cubin import Bundle
@@ -20,6 +21,7 @@ from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.lowering.builder import Target
 from edadm_compile.lowering.schedule import make_plan
 from edadm_compile.passes.base import Progress, Silent
+from edadm_compile.passes.extremes import FLOAT16_MAX
 from edadm_compile.report.truth import describe, launch_table
 from edadm_compile.runtime.artifact import Artifact, read, write
 
@@ -57,6 +59,26 @@ def options_of(targets: str | None, batch: str | None, store: str | None) -> Dev
     """
     batches = parse_batches(batch) or DEFAULT_BATCHES
     return DeviceOptions(parse_targets(targets), batches, store or "float16")
+
+
+def fitted(options: DeviceOptions, asked: str | None, beyond: Mapping[str, Any] | None) -> DeviceOptions:
+    """The same with a store type that holds the model's values.
+
+    Args:
+        asked: the store type that the user named, None for none.
+        beyond: from `passes.extremes.beyond_float16`.
+
+    Raises:
+        ConfigError: float16 was asked for, and values are known to overflow it.
+    """
+    if beyond is None or not options.targets or options.store != "float16":
+        return options
+    if asked == "float16" and beyond["largest"] > FLOAT16_MAX:
+        raise ConfigError(
+            f"--store float16: values in {beyond['where']} exceed it (up to {beyond['largest']:.3g}, float16 ends at "
+            f"{FLOAT16_MAX:g}); leave --store out, or give float32 or bfloat16"
+        )
+    return options if asked == "float16" else dataclasses.replace(options, store="float32")
 
 
 def batches_for(program: Program, batches: Sequence[int]) -> tuple[int, ...]:
@@ -122,15 +144,22 @@ def check_has_form(artifact: Artifact) -> None:
         )
 
 
-def retarget(path: Path, output: Path, options: DeviceOptions, progress: Progress | None = None) -> dict[str, Any]:
+def retarget(
+    path: Path, output: Path, options: DeviceOptions, progress: Progress | None = None, store: str | None = None
+) -> dict[str, Any]:
     """Replace the GPU code of a compiled file; everything else stays as it is.
+
+    Args:
+        store: the store type that the user named; without one a file whose values exceed float16 gets float32.
 
     Raises:
         EdadmError: an unreadable file, or code that cannot be made. `output` is written whole or not at all.
     """
+    check_writable(output)
     artifact = read(path)
     if options.targets:
         check_has_form(artifact)
+    options = fitted(options, store, artifact.manifest.get("beyond_float16"))
     bundle = build(artifact.lowered, options, progress or Silent())
     versions = {**artifact.manifest.get("versions", {}), **({"triton": triton_version()} if bundle else {})}
     changed = dataclasses.replace(artifact, device=bundle, manifest={**artifact.manifest, "versions": versions})

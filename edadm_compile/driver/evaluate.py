@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.calibration import sampler
+from edadm_compile.callbacks import Dispatcher, Receiver
 from edadm_compile.driver import evaluate_measures, evaluate_sets
 from edadm_compile.driver.evaluate_sets import Judges, find_judges
 from edadm_compile.driver.image_data import open_data
@@ -25,6 +26,7 @@ from edadm_compile.evaluate.metrics import finite
 from edadm_compile.evaluate.paired import Pairs, evaluation_seed, sample_pairs
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import SamplerSpec, Signature
+from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.session import CompiledModel, load
 
@@ -58,12 +60,18 @@ class Options:
 
 
 def run(
-    artifact: Path, reference: Path, wanted: Options, progress: Progress | None = None, **options: Any
+    artifact: Path,
+    reference: Path,
+    wanted: Options,
+    progress: Progress | None = None,
+    world: World | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Measure a file.
 
     Args:
         reference: the float model that was compiled.
+        world: processes that share the images of each batch; all of them get the result.
         options: how to load it; conditions, scheduler and steps are also those of the comparison.
 
     Returns:
@@ -89,7 +97,7 @@ def run(
     judges = find_judges(shape, wanted.count, reference, wanted.features, data)
     _check_measurable(limits, judges)
     spaces = evaluate_sets.open_spaces(judges, progress)
-    pairs = _pairs(model, source, spec, wanted, progress)
+    pairs = _pairs(model, source, spec, wanted, progress, world or World())
     progress.stage("distances", None)
     images, metrics = evaluate_measures.images(pairs, judges)
     sets = {"quantized": pairs.candidate.clamp(-1, 1), "float": pairs.reference.clamp(-1, 1)}
@@ -109,13 +117,15 @@ def run(
     }  # fmt: skip
 
 
-def _pairs(model: CompiledModel, source: Source, spec: SamplerSpec, wanted: Options, progress: Progress) -> Pairs:
+def _pairs(
+    model: CompiledModel, source: Source, spec: SamplerSpec, wanted: Options, progress: Progress, world: World
+) -> Pairs:
     """Images and predictions of both models from fresh noise."""
     x, conditions = _draw(model.signature, spec, wanted, source.conditions)
     steps = len(sampler.timesteps(spec))
     progress.stage("trajectories", 2 * steps * math.ceil(wanted.count / wanted.batch))
     pairs = sample_pairs(
-        source.denoiser(), _on_host(model), spec, x, conditions, batch=wanted.batch,
+        divided(source.denoiser(), world), divided(_on_host(model), world), spec, x, conditions, batch=wanted.batch,
         seed=evaluation_seed(wanted.seed), advance=progress.advance,
     )  # fmt: skip
     _check_finite(pairs)
@@ -134,7 +144,7 @@ def evaluate_model(
     features: str | Path | None = None,
     fail_below: str | None = None,
     fail_above: str | None = None,
-    progress: Progress | None = None,
+    callbacks: Receiver | Sequence[Receiver] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure the quality of a ``.qmod`` file against its float model; arguments as in `Options`, result as of `run`.
@@ -142,6 +152,7 @@ def evaluate_model(
     A missed limit is listed in ``failed`` of the result; `check` raises for it.
 
     Args:
+        callbacks: as of `edadm_compile.compile_model`.
         options: how to load the float model: `_SOURCE_OPTIONS`, as on the command line (``shape="3,32,32"``).
 
     Raises:
@@ -151,7 +162,7 @@ def evaluate_model(
     if unknown:
         raise InputError(f"evaluate_model: unknown option {unknown[0]!r}; allowed are {', '.join(_SOURCE_OPTIONS)}")
     wanted = Options(count, batch, seed, engine, _path(data), _path(features), fail_below, fail_above)
-    return run(Path(artifact), Path(reference), wanted, progress, **options)
+    return run(Path(artifact), Path(reference), wanted, Dispatcher(callbacks), **options)
 
 
 def check(result: Mapping[str, Any]) -> None:

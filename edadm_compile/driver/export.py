@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.calibration import guidance, sampler
+from edadm_compile.callbacks import Dispatcher, Receiver
 from edadm_compile.driver.options import condition_options, load_options
 from edadm_compile.errors import ContractError, ExportError, InputError
 from edadm_compile.evaluate.compare import compare_noise
@@ -102,9 +104,19 @@ def run(
     return result
 
 
-def export_onnx(artifact: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
-    """Export a ``.qmod`` file to ONNX; arguments, result and errors as of `run`."""
-    return run(Path(artifact), Path(output), **options)
+def export_onnx(
+    artifact: str | Path,
+    output: str | Path,
+    *,
+    callbacks: Receiver | Sequence[Receiver] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Export a ``.qmod`` file to ONNX; arguments, result and errors as of `run`.
+
+    Args:
+        callbacks: as of `edadm_compile.compile_model`.
+    """
+    return run(Path(artifact), Path(output), progress=Dispatcher(callbacks), **options)
 
 
 def _need_packages(check: bool) -> None:

@@ -109,7 +109,9 @@ def _array(path: Path, shape: tuple[int, int, int]) -> Any:
                 )
             array = archive[key]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(f"--data {path} is not an npz file of plain arrays: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"--data {path} is not an npz file of plain arrays: {str(error).splitlines()[0].split('. ')[0]}"
+        ) from None
     c, h, w = shape
     expected = f"uint8 {['N', h, w, c]} or float {['N', c, h, w]} in [-1, 1]".replace("'", "")
     layout = (h, w, c) if array.dtype == numpy.uint8 else (c, h, w)

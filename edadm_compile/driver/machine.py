@@ -108,13 +108,14 @@ def describe_machine(device: Device) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     return {
-        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **gpu,
+        "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), **gpu,
         "python": platform.python_version(), "torch": torch.__version__, "triton": triton,
         "edadm_compile": edadm_compile.__version__, "commit": _commit(),
     }  # fmt: skip
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Model name of the processor, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

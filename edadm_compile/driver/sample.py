@@ -12,13 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from edadm_compile.calibration.guidance import labels_in_turn
-from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler
+from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler, timesteps
 from edadm_compile.calibration.sampler import sample as run_sampler
 from edadm_compile.driver.options import condition_options, guidance_options, load_options
+from edadm_compile.driver.outputs import check_writable
 from edadm_compile.errors import InputError
 from edadm_compile.evaluate.metrics import psnr
 from edadm_compile.frontend import Decoder, Encoded, find_autoencoder, guided_sampler, load_source
 from edadm_compile.ir.program import SamplerSpec, Signature
+from edadm_compile.parallel.world import World, divided
+from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.artifact import write_atomically
 from edadm_compile.runtime.session import CompiledModel, load
@@ -33,10 +36,11 @@ def run(
     reference: Path | None,
     label: int | None,
     seed: int,
-    as_json: bool = False,
     engine: str | None = None,
     decode: bool = False,
     vae: Path | None = None,
+    progress: Progress | None = None,
+    world: World | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Sample `count` images and write a grid.
@@ -44,6 +48,8 @@ def run(
     Args:
         engine: as in `edadm_compile.load`.
         decode, vae: turn latents into images with an autoencoder, found in a pipeline folder or given.
+        progress: receives stages and steps.
+        world: processes that share the images; the first one writes.
 
     Returns:
         output path, count, and the PSNR against the reference where one is given.
@@ -51,21 +57,26 @@ def run(
     Raises:
         EdadmError: unreadable files, or a reference that does not match.
     """
+    world = world or World()
+    if world.leads:
+        check_writable(output)
     model = load(artifact, engine=engine)
     place = options.get("pipeline") or reference
     decoder = Decoder(vae or find_autoencoder(place)) if decode or vae is not None else None
     text = condition_options(options, place, model.signature)
     spec = chosen_sampler(model, options, text.null)
     noise, conditions = inputs(model, spec, count, seed, label, text, in_turn=options.get("prompts") is not None)
-    images = generate(spec, model.predict, noise, conditions, seed)
+    progress = progress or Silent()
+    progress.stage("sampling", _calls(spec, count))
+    images = generate(spec, divided(model.predict, world), noise, conditions, seed, progress)
     images = images if decoder is None else decoder(images)
     result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name,
                               "scheduler": spec.scheduler["_class_name"], "guidance": spec.guidance}  # fmt: skip
     rows = [images]
     if reference is not None:
-        loading = dataclasses.replace(load_options(options, spec), known_conditions=text)
-        source = load_source(reference, loading)
-        originals = generate(spec, source.denoiser(), noise, conditions, seed)
+        source = load_source(reference, dataclasses.replace(load_options(options, spec), known_conditions=text))
+        progress.stage("float model", _calls(spec, count))
+        originals = generate(spec, divided(source.denoiser(), world), noise, conditions, seed, progress)
         originals = originals if decoder is None else decoder(originals)
         values = psnr(originals, images)
         result["psnr_db"] = {
@@ -78,8 +89,9 @@ def run(
         result["note"] = (
             "the file was calibrated without guidance: its quantizers have not seen the unconditional branch"
         )
-    zoom = {} if decoder is None else {"zoom": 1}
-    write_grid(rows, output, columns_for(model.signature, spec, count), **zoom)
+    if world.leads:
+        zoom = {} if decoder is None else {"zoom": 1}
+        write_grid(rows, output, columns_for(model.signature, spec, count), **zoom)
     return result
 
 
@@ -144,12 +156,27 @@ def chosen_sampler(
     return spec
 
 
-def generate(spec: SamplerSpec, denoiser: Any, noise: Tensor, conditions: list[Tensor], seed: int) -> Tensor:
+def _calls(spec: SamplerSpec, count: int) -> int:
+    """Calls of the model for `count` images."""
+    return len(timesteps(spec)) * -(-count // _BATCH)
+
+
+def generate(
+    spec: SamplerSpec, denoiser: Any, noise: Tensor, conditions: list[Tensor], seed: int,
+    progress: Progress | None = None,
+) -> Tensor:  # fmt: skip
     """Images [N, C, H, W] from a denoiser, in batches, with one sampler."""
     parts = []
+    advance = (progress or Silent()).advance
+
+    def hook(index: int, t: float, x_in: Tensor, prediction: Tensor) -> None:
+        advance(1, f"t={t:g}")
+
     for number, rows in enumerate(torch.arange(noise.shape[0]).split(_BATCH)):
         generator = torch.Generator().manual_seed(seed + number)
-        parts.append(run_sampler(denoiser, spec, noise[rows], [c[rows] for c in conditions], generator=generator))
+        parts.append(
+            run_sampler(denoiser, spec, noise[rows], [c[rows] for c in conditions], generator=generator, hook=hook)
+        )
     return torch.cat(parts)
 
 

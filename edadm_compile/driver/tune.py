@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.driver import device_code, fp16_times
+from edadm_compile.driver.outputs import check_writable
 from edadm_compile.driver.single_launch import GpuRunner, Runner, agrees, fill, operations
 from edadm_compile.driver.tune_search import Found, Shape, key_of, search, shapes_of
 from edadm_compile.errors import TargetError
@@ -115,6 +116,8 @@ def run(
         TargetError: no GPU here, or one that no code is made for.
         EdadmError: a file that cannot be read or written.
     """
+    for written in (output, *(() if table is None else (table,))):
+        check_writable(written)
     loaded = read(artifact)
     device_code.check_has_form(loaded)
     if not torch.cuda.is_available():

@@ -19,7 +19,7 @@ from edadm_compile.evaluate.compare import compare_noise
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.analysis import is_layer, layer_weight
 from edadm_compile.ir.program import Program
-from edadm_compile.passes.base import Context, run_passes
+from edadm_compile.passes.base import Context, Progress, Silent, run_passes
 from edadm_compile.passes.insert_quant import layer_name
 from edadm_compile.pipeline import capture, float_passes
 from edadm_compile.report.tables import console
@@ -30,10 +30,13 @@ from edadm_compile.runtime.artifact import Artifact, read
 END_TO_END_LOSS_DB = 0.5
 
 
-def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) -> dict[str, Any]:
+def run(
+    artifact: Path, reference: Path, count: int, seed: int, progress: Progress | None = None, **options: Any
+) -> dict[str, Any]:
     """Verify a file.
 
     Args:
+        progress: receives stages.
         count: trajectories for the end-to-end comparison; layers are checked on their states.
 
     Returns:
@@ -43,7 +46,9 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
     Raises:
         EdadmError: unreadable files, or a reference with other inputs.
     """
+    progress = progress or Silent()
     loaded = read(artifact)
+    progress.stage("float model", None)
     source = load_source(reference, load_options(options, loaded.lowered.sampler))
     same_inputs(source, loaded)
     settings = loaded.manifest["config"]
@@ -56,6 +61,7 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
     null = program.sampler.null
     conditions = sampler.draw_conditions(loaded.lowered.signature, count, generator, source.conditions, null)
     states = _states(program, x, conditions)
+    progress.stage("layers", None)
     layers = contract.check_layers(loaded.qdq, loaded.lowered, states)
     weights = contract.check_weights(loaded.qdq, _float_weights(program))
     result: dict[str, Any] = {
@@ -64,14 +70,18 @@ def run(artifact: Path, reference: Path, count: int, seed: int, **options: Any) 
         "layers": [dataclasses.asdict(r) for r in layers],
         "weights": weights,
     }
+    progress.stage("end to end", None)
     result["end_to_end"] = _end_to_end(program, loaded, x, conditions, seed)
     result["same_model"] = same_model(source, loaded)
     result["broken"] = _broken(result)
     return result
 
 
-def same_inputs(source: Source, loaded: Artifact) -> None:
-    """Refuse a reference that is called with other inputs than the artifact.
+def same_inputs(source: Source, loaded: Artifact, option: str = "--reference") -> None:
+    """Refuse a float model that is called with other inputs than the artifact.
+
+    Args:
+        option: where it was given, for the message.
 
     Raises:
         InputError: naming both lists of inputs.
@@ -79,7 +89,13 @@ def same_inputs(source: Source, loaded: Artifact) -> None:
     ours = [(s.name, s.shape) for s in loaded.lowered.signature.inputs]
     theirs = [(s.name, s.shape) for s in source.signature.inputs]
     if ours != theirs:
-        raise InputError(f"--reference takes inputs {theirs}, the artifact was compiled from a model with {ours}")
+        raise InputError(
+            f"{option} takes inputs {_named(theirs)}; the artifact was compiled from a model with {_named(ours)}: give that one"
+        )
+
+
+def _named(inputs: list[tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {['B', *shape]}".replace("'", "") for name, shape in inputs)
 
 
 def same_model(source: Source, loaded: Artifact) -> bool:

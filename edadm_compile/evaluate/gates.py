@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edadm_compile.errors import InputError
+from edadm_compile.errors import InputError, did_you_mean
 
 #: What can have a limit: name -> (unit, needs, what it is). "needs" names what must be there to measure it.
 HIGHER_IS_BETTER = {
@@ -93,9 +92,8 @@ def _check_name(name: str, option: str) -> None:
         better = "higher" if other == "--fail-below" else "lower"
         raise InputError(f"{option}: {name} is better when {better}; give its limit with {other}")
     known = [*tables[option], *tables[other]]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(tables[option])}"
-    raise InputError(f"{option}: unknown metric {name!r}; {hint}")
+    hint = did_you_mean(name, known) or f"; allowed are {', '.join(tables[option])}"
+    raise InputError(f"{option}: unknown metric {name!r}{hint}")
 
 
 def judge(gates: list[Gate], metrics: Mapping[str, float]) -> list[dict[str, object]]:

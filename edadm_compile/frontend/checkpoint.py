@@ -92,6 +92,9 @@ def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict strictly.
 
+    Tensors of another float type are converted one at a time while they are copied, so that nothing but the model itself
+    takes memory where they are mapped from a file.
+
     Raises:
         InputError: missing, unexpected or wrongly shaped tensors.
     """
@@ -101,7 +104,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
             f"{where}: state dict entry {foreign[0]!r} is a {type(state[foreign[0]]).__name__}, expected tensors only"
         )
     try:
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InputError(

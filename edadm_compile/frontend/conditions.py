@@ -19,7 +19,7 @@ def read_conditions(path: Path | None, option: str = "--cond") -> dict[str, Tens
         option: where the path was given, for messages.
 
     Raises:
-        InputError: unreadable, or a tensor without rows.
+        InputError: unreadable, a tensor without rows, or one with values that are not finite.
     """
     if path is None:
         return {}
@@ -32,6 +32,9 @@ def read_conditions(path: Path | None, option: str = "--cond") -> dict[str, Tens
     empty = [name for name, value in tensors.items() if value.dim() == 0 or value.shape[0] == 0]
     if empty:
         raise InputError(f"{option} {path}: tensor {empty[0]!r} has no rows; expected [N, ...]")
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise InputError(f"{option} {path}: tensor {broken[0]!r} holds NaN or infinite values; expected finite ones")
     return dict(tensors)
 
 

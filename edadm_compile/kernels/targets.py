@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from edadm_compile.errors import InputError
+from edadm_compile.errors import InputError, did_you_mean
 
 #: Shared memory that one program may ask for, in bytes, by architecture.
 SHARED_LIMIT = {
@@ -59,5 +59,6 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TARGETS:
-            raise InputError(f"targets: got {name!r}, allowed {', '.join(TARGETS)}, or all, or none")
+            near = did_you_mean(name, (*TARGETS, "all", "none"))
+            raise InputError(f"targets: got {name!r}, allowed {', '.join(TARGETS)}, or all, or none{near}")
     return tuple(name for name in TARGETS if name in names)

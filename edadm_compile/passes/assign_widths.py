@@ -11,9 +11,11 @@ from torch import fx
 from edadm_compile.ir.analysis import layer_weight, shape_of
 from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.checkpoint import Saved
 from edadm_compile.passes.insert_quant import layer_name
 from edadm_compile.passes.layer_roles import annotate, apply_rules, quantized_layers
 from edadm_compile.passes.mixed_widths import choose_widths
+from edadm_compile.passes.records import layer_records, set_layer_records
 from edadm_compile.passes.sensitivity import MEASURE_LIMIT, sensitivities
 
 #: Promotion stops when the predicted signal-to-noise ratio of the remaining weights passes this (dB).
@@ -50,6 +52,15 @@ class AssignWidths:
             stats = _promote(program, ctx)
         apply_rules(program, config.rules)
         return PassResult(program, True, {**stats, "average_bits": average_bits(program)})
+
+    def state(self, program: Program) -> Saved:
+        """The layer records."""
+        return Saved(values={"layers": layer_records(program)})
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Write the layer records back."""
+        set_layer_records(program, saved.values["layers"])
+        return program
 
 
 def average_bits(program: Program) -> float:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import DialectError
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program
+from edadm_compile.parallel.world import World
+from edadm_compile.passes.caches import Caches
+from edadm_compile.passes.checkpoint import Checkpoints, NoCheckpoints, Saved, resumed
 
 
 class Progress(Protocol):
@@ -22,7 +26,19 @@ class Progress(Protocol):
         """A stage begins; `total` steps will follow if known."""
 
     def advance(self, steps: int = 1, message: str = "") -> None:
-        """`steps` of the current stage are done; `message` is a short remark such as a loss."""
+        """`steps` of the current stage are done; `message` is a short remark such as a loss.
+
+        With 0 steps the message stands for itself: the result of a block (shown with ``--verbose``), or a warning
+        (`is_warning`), shown at once.
+        """
+
+
+_WARNING = "warning: "
+
+
+def is_warning(message: str) -> bool:
+    """Whether a remark is a warning of `Context.warn`."""
+    return message.startswith(_WARNING)
 
 
 class Silent:
@@ -44,12 +60,33 @@ class Context:
         calibration: the calibration set, once collected (see `edadm_compile.calibration.dataset`).
         progress: where to report.
         stats: results of finished passes by name.
+        warnings: what the user must know about the result, in the order found; see `warn`.
+        block_finished: told each reconstructed block.
+        world: the processes that work on this together.
+        checkpoints: what earlier runs kept, and where this one keeps its results.
+        caches: room for values of the whole calibration set.
     """
 
     config: QuantConfig
     calibration: Any = None
     progress: Progress = field(default_factory=Silent)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    block_finished: Callable[[BlockFinished], None] = lambda event: None
+    world: World = field(default_factory=World)
+    checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
+    caches: Caches = field(default_factory=Caches)
+
+    def warn(self, text: str) -> None:
+        """Keep a sentence for the summary, and report it at once; the same sentence only once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.progress.advance(0, _WARNING + text)
+
+    def all_warnings(self) -> list[str]:
+        """Sentences of the calibration, then those in the statistics of passes, which may come from an earlier run."""
+        of_passes = [text for stats in self.stats.values() for text in stats.get("warnings", ())]
+        return list(dict.fromkeys([*(t for t in self.warnings if t not in of_passes), *of_passes]))
 
     def generator(self, salt: int) -> torch.Generator:
         """A random generator of its own for one purpose, so that adding a pass does not shift another's draws."""
@@ -84,6 +121,17 @@ class Pass(Protocol):
         """Transform a private copy of the program."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A pass whose work is worth keeping: what it found out, without the graph."""
+
+    def state(self, program: Program) -> Saved:
+        """What `restore` needs, from the program that `run` produced."""
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Do to a private copy of the program what `run` did; change nothing shared when it does not fit."""
+
+
 def run_passes(
     program: Program, passes: Sequence[Pass], ctx: Context, dump: Callable[[str, Program], None] | None = None
 ) -> Program:
@@ -98,16 +146,35 @@ def run_passes(
     for item in passes:
         if program.dialect != item.reads:
             raise DialectError(f"pass {item.name} reads dialect {item.reads}, got {program.dialect}")
-        start = time.perf_counter()
-        result = item.run(program.fork(), ctx)
+        start, told = time.perf_counter(), len(ctx.warnings)
+        result = _run(item, program, ctx)
         if result.program.dialect != item.writes:
             raise DialectError(f"pass {item.name} writes dialect {item.writes}, got {result.program.dialect}")
         verify(result.program)
         program = result.program
-        ctx.stats[item.name] = {**result.stats, "changed": result.changed, "seconds": time.perf_counter() - start}
+        warnings = {"warnings": ctx.warnings[told:]} if ctx.warnings[told:] else {}
+        seconds = time.perf_counter() - start
+        ctx.stats[item.name] = {**result.stats, **warnings, "changed": result.changed, "seconds": seconds}
         if dump is not None:
             dump(item.name, program)
     return program
+
+
+def _run(item: Pass, program: Program, ctx: Context) -> PassResult:
+    """Run a pass, or restore what it found out in an earlier run."""
+    if not isinstance(item, Resumable):
+        return item.run(program.fork(), ctx)
+    keeper: Resumable = item
+
+    def state(result: PassResult) -> Saved:
+        saved = keeper.state(result.program)
+        return Saved(saved.tensors, {**saved.values, "changed": result.changed, "stats": result.stats})
+
+    def restore(saved: Saved) -> PassResult:
+        changed, stats = bool(saved.values["changed"]), dict(saved.values["stats"])
+        return PassResult(keeper.restore(program.fork(), saved), changed, stats)
+
+    return resumed(ctx.checkpoints, item.name, lambda: item.run(program.fork(), ctx), state, restore)
 
 
 def finish(program: Program) -> Program:

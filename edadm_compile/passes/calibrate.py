@@ -13,8 +13,11 @@ from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, get_constant, layer_of
 from edadm_compile.ir.subgraph import output_of
 from edadm_compile.methods import Method
+from edadm_compile.passes import extremes
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.checkpoint import Saved
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
+from edadm_compile.passes.records import layer_records, ranges_state, set_layer_records, set_ranges
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 from edadm_compile.quant.observers import (
     affine_from_range,
@@ -50,21 +53,45 @@ class Calibrate:
         observers = {node: ActivationObserver() for node, _ in quantizers}
         nodes = program.graph_module.graph.nodes
         outputs = {node: ChannelObserver() for node in nodes if writes_codes(node, layer_of(node))}
-        _observe(program, observers, {pixels_of(node): o for node, o in outputs.items()}, ctx)
+        peaks = extremes.peaks(program)
+        _observe(program, observers, {pixels_of(node): o for node, o in outputs.items()}, peaks, ctx)
         ctx.progress.stage("ranges", len(quantizers) + len(outputs))
+        observed: list[extremes.Observed] = []
         for node, quantizer in quantizers:
-            scale, zero_point = observers[node].affine(quantizer.spec, node.name, ctx.config.recipe)
+            found = observers[node]
+            scale, zero_point = found.affine(quantizer.spec, extremes.readers(node), ctx.config.recipe)
             quantizer.set_affine(scale, zero_point)
+            observed.append((node, torch.cat(found.parts), found.low, found.high))
             ctx.progress.advance(1, node.name)
         for node, observer in outputs.items():
             _set_output(program, node, observer, minmax=ctx.config.recipe.ranges == "minmax")
             ctx.progress.advance(1, node.name)
+        extremes.report_activations(observed, ctx)
+        weights = []
         for node, weight_quantizer in weight_quantizers(program):
             weight = get_constant(program.graph_module, str(node.args[0].target))  # type: ignore[union-attr]
             _check_finite(weight, str(node.args[0].target))  # type: ignore[union-attr]
             weight_quantizer.set_scale(_weight_scale(weight, weight_quantizer.spec, ctx.config.recipe.ranges))
-        ranges = {node.name: [o.low, o.high] for node, o in observers.items()}
-        return PassResult(program, True, {"ranges": ranges})
+            rows = weight.movedim(weight_quantizer.spec.axis or 0, 0).flatten(1)
+            weights.append((extremes.readers(node), rows, weight_quantizer.scale))
+        extremes.report_weights(weights, ctx)
+        # Every process has searched the same; that they also found the same does not hang on equal hardware.
+        everywhere = [q for _, q in activation_quantizers(program)]
+        ctx.world.agree([v for q in everywhere for v in (q.log_scale, q.zero_point)])
+        ctx.world.agree([q.scale for _, q in weight_quantizers(program)])
+        stats = {"ranges": {node.name: [o.low, o.high] for node, o in observers.items()}}
+        return PassResult(program, True, {**stats, "beyond_float16": extremes.beyond_float16(peaks, ctx)})
+
+    def state(self, program: Program) -> Saved:
+        """Scales, zero points and the layer records, which hold those of outputs."""
+        saved = ranges_state(program)
+        return Saved(saved.tensors, {**saved.values, "layers": layer_records(program)})
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Give them back."""
+        set_layer_records(program, saved.values["layers"])
+        set_ranges(program, saved)
+        return program
 
 
 #: Power of the error that a search minimises.
@@ -114,7 +141,7 @@ class ActivationObserver:
         minmax = method.ranges == "minmax"
         if not (self.high - self.low < float("inf")):
             raise CalibrationError(
-                f"activation {name} is not finite on the calibration set (range {self.low} to {self.high})"
+                f"the input of layer {name} is not finite on the calibration set (range {self.low} to {self.high})"
             )
         if minmax or spec.bits == 16:  # 16 bits: clipping costs more than resolution
             margin = 1.0 if minmax else 1.25  # unseen noise reaches beyond the calibration set
@@ -143,6 +170,7 @@ def _observe(
     program: Program,
     observers: dict[fx.Node, ActivationObserver],
     outputs: dict[fx.Node, ChannelObserver],
+    peaks: dict[fx.Node, extremes.Peak],
     ctx: Context,
 ) -> None:
     inputs = ctx.calibration.inputs
@@ -152,6 +180,7 @@ def _observe(
     samplers: list[_Sampler] = [
         (observers, -(-_KEEP * chunk // total), ctx.generator(2)),
         (outputs, -(-KEEP * chunk // total), ctx.generator(4)),
+        (peaks, 0, ctx.generator(5)),
     ]
     recorder = _Recorder(program, samplers)
     for rows in torch.arange(total).split(chunk):
@@ -160,7 +189,7 @@ def _observe(
 
 
 #: Observers by node, values to keep of each batch, and what draws them.
-_Sampler = tuple[Mapping[fx.Node, ActivationObserver | ChannelObserver], int, torch.Generator]
+_Sampler = tuple[Mapping[fx.Node, ActivationObserver | ChannelObserver | extremes.Peak], int, torch.Generator]
 
 
 class _Recorder(fx.Interpreter):

@@ -13,7 +13,9 @@ from edadm_compile.ir.analysis import layer_weight, shape_of
 from edadm_compile.ir.output_codes import can_be_float, pixels_of, writes_codes
 from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.checkpoint import Saved
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
+from edadm_compile.passes.records import layer_records, set_layer_records
 from edadm_compile.passes.sensitivity import MEASURE_LIMIT, float_values, output_energy, output_error
 from edadm_compile.quant.affine import dequantize, quantize
 from edadm_compile.quant.spec import act_spec
@@ -59,6 +61,15 @@ class FloatOutputs:
             node.meta["layer"] = replace(info, float_output=True)
         names = {_name(n): e for n, e in errors.items()}
         return PassResult(program, True, {"float_outputs": [_name(n) for n in chosen], "output_sensitivity": names})
+
+    def state(self, program: Program) -> Saved:
+        """The layer records."""
+        return Saved(values={"layers": layer_records(program)})
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Write the layer records back."""
+        set_layer_records(program, saved.values["layers"])
+        return program
 
     @staticmethod
     def _errors(program: Program, nodes: list[fx.Node], ctx: Context) -> dict[fx.Node, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import CalibrationError
@@ -73,22 +74,24 @@ def layer_errors(program: Program, layers: Sequence[Options], ctx: Context) -> t
     ctx.progress.stage("layer sensitivity", len(slices) * (1 + sum(len(o.infos) for o in layers)))
     ranges = _ranges(program, layers, [inputs for inputs, _ in slices], ctx)
     scales = _weight_scales(program, layers)
-    errors = [[0.0] * len(o.infos) for o in layers]
+    errors = torch.zeros(len(layers), max((len(o.infos) for o in layers), default=0), dtype=torch.float64)
     signal = 0.0
     for inputs, weights in slices:
         values = values_of(program, inputs)
         signal += output_energy(program, values, weights)
-        for options, found in zip(layers, errors, strict=True):
+        for number in ctx.world.turns(len(layers)):
+            options = layers[number]
             for i, info in enumerate(options.infos):
                 rounding = _rounding(options.node, info, ranges, scales)
-                found[i] += output_error(program, {}, values, {options.node: rounding}, weights)
-                ctx.progress.advance(1, options.name)
-    if not (0 < signal < math.inf and all(math.isfinite(e) for found in errors for e in found)):
+                errors[number, i] += output_error(program, {}, values, {options.node: rounding}, weights)
+                ctx.progress.advance(ctx.world.size, options.name)
+    ctx.world.add([errors])
+    if not (0 < signal < math.inf and bool(errors.isfinite().all())):
         raise CalibrationError(
             f"the predicted noise has energy {signal} on the calibration states, or a layer's error is not finite: widths "
             "cannot be chosen by their error; check the checkpoint, or compile without budget_bits and min_sqnr"
         )
-    return [tuple(found) for found in errors], signal
+    return [tuple(found[: len(o.infos)]) for o, found in zip(layers, errors.tolist(), strict=True)], signal
 
 
 def weight_errors(program: Program, layers: Sequence[Options], ctx: Context) -> list[tuple[float, ...]]:

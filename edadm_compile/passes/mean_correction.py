@@ -11,6 +11,7 @@ from edadm_compile.calibration.dataset import Trajectories
 from edadm_compile.calibration.guidance import combine
 from edadm_compile.ir.program import Program, TimeTables
 from edadm_compile.passes.base import Context, PassResult, finish
+from edadm_compile.passes.checkpoint import Saved
 
 aten = torch.ops.aten
 _CHUNK = 64
@@ -49,19 +50,32 @@ class MeanCorrection:
         visits = torch.bincount(order, minlength=keys.numel())
         ctx.progress.stage("mean correction", trajectories.t.numel())
         limit = program.signature.max_batch if fixed else min(_CHUNK, program.signature.max_batch)
-        for step, row in enumerate(order.tolist()):
+        for step in ctx.world.turns(order.numel()):
+            row = int(order[step])
             error = trajectories.prediction[step] - _predict(program, trajectories, step, limit)
             used = combine(program.sampler, error, trajectories.x.shape[2])
             rows[row] += _mean(used) / visits[row]
             if program.sampler.guided:
                 without, with_condition = error.chunk(2)
                 apart[row] += (_mean(with_condition) - _mean(without)) / visits[row]
-            ctx.progress.advance(1)
+            ctx.progress.advance(ctx.world.size)
+        ctx.world.add([rows, apart])
         program = _add_table(program, keys, rows.float())
         stats = {"largest": float(rows.abs().max())}
         if program.sampler.guided:
             stats["branches_apart"] = float(apart.abs().max())
         return PassResult(program, True, stats)
+
+    def state(self, program: Program) -> Saved:
+        """The table; nothing where none was made."""
+        time = program.time
+        return Saved({"keys": time.keys, "rows": time.tables[INPUT]} if time and INPUT in time.tables else {})
+
+    def restore(self, program: Program, saved: Saved) -> Program:
+        """Add the table and its addition."""
+        if not saved.tensors:
+            return program
+        return _add_table(program, saved.tensors["keys"], saved.tensors["rows"])
 
 
 def _mean(error: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from edadm_compile.config import QuantConfig
+from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import layer_weight
 from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
+from edadm_compile.parallel.world import Share, World
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.layer_taps import run_tapped
+from edadm_compile.passes.phase import Phase, Trained
+from edadm_compile.passes.records import learned_state
+from edadm_compile.passes.row_shares import DividedMasks, share_of
 from edadm_compile.passes.streams import Streams, switched_off
-from edadm_compile.quant.fake_quant import ActFakeQuant, MaskPool, WeightFakeQuant
+from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 
 #: Rounding of wide weights moves less: their learning rate is this fraction of ``lr_weight``.
 _WIDE_FACTOR = 0.4
@@ -29,9 +35,11 @@ class Reconstruct:
     1. unit with round-to-nearest codes and searched scales → learned codes and scales that minimise
        ``L = |y - y*|² / |y*|² + lambda * sum_j |o_j - o_j*|² / |o_j*|²``
 
-    y is the unit's output, o_j the outputs of its inner layers, * the float model's. Inputs are those the already
+    y is the unit's output, o_j the outputs of its inner layers, * the float model's. The loss of an inner layer trains
+    that layer's roundings alone (`local_layer_losses`); activation scales follow the unit's output. Inputs are those the already
     quantized prefix produces. The float and the quantized model advance through the graph together, unit by unit,
-    so no prefix is ever computed twice.
+    so no prefix is ever computed twice. Several processes each hold the values of their share of the samples, and add up
+    the gradients of every step.
     """
 
     name: str = "reconstruct"
@@ -48,26 +56,15 @@ class Reconstruct:
         reports: list[dict[str, Any]] = []
         for phase in method.phases:
             with switched_off(program, *((ActFakeQuant,) if phase == "weights" else ())):
-                streams = Streams(program, units, ctx.calibration.inputs)
-                reports += _train_units(program, units, streams, phase, ctx, len(reports))
-        return PassResult(program, True, {"units": reports})
+                reports += Phase(program, units, phase, ctx, len(reports), _train).run()
+        return PassResult(program, True, {"units": reports, "caches": ctx.caches.report()})
 
 
-def _train_units(
-    program: Program, units: Sequence[Unit], streams: Streams, phase: str, ctx: Context, done: int
-) -> list[dict[str, Any]]:
-    """One pass over the network; returns a report for each unit."""
-    reports: list[dict[str, Any]] = []
-
-    def train(unit: Unit) -> None:
-        generator = ctx.generator(100 + done + len(reports))
-        trainer = UnitTrainer(program, unit, streams, ctx.config, phase, generator)
-        label = f"block {len(reports) + 1}/{len(units)} {unit.name}"
-        told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": phase}
-        reports.append(told | trainer.run(ctx, label))
-
-    streams.advance(train)
-    return reports
+def _train(program: Program, unit: Unit, streams: Streams, phase: str, ctx: Context, salt: int, label: str) -> Trained:
+    share = share_of(streams.total, ctx)
+    trainer = UnitTrainer(program, unit, streams, ctx.config, phase, ctx.generator(salt), share)
+    report = trainer.run(ctx, label)
+    return Trained(report, trainer.learned())
 
 
 class UnitTrainer:
@@ -81,21 +78,24 @@ class UnitTrainer:
         config: QuantConfig,
         phase: str,
         generator: torch.Generator,
+        share: Share | None = None,
     ) -> None:
         self.program, self.unit, self.generator = program, unit, generator
         self.config, self.method = config.reconstruction, config.recipe
+        self.share = share or World().share(streams.total)
         self.closure = streams.closure(unit)
         self.inputs = streams.stored_inputs(self.closure)
         self.float_in = {n: streams.float_values[n] for n in self.inputs}
         self.quant_in = {n: streams.quant_values[n] for n in self.inputs}
         self.watched = [n for n in unit.layers if n is not unit.output]
-        if self.method.layer_loss_weight == 0:
+        self.local = self.method.local_layer_losses and self.method.block_loss_weight > 0
+        if self.method.layer_loss_weight == 0 or (self.local and phase == "scales"):
             self.watched = []
         self.streams = streams
-        self.targets = streams.float_targets(self.closure, [unit.output, *self.watched])
+        stored = getattr(torch, self.config.target_dtype)
+        self.targets = streams.float_targets(self.closure, [unit.output, *self.watched], stored)
         self.rowless = [n for n in (unit.output, *self.watched) if n not in self.targets]
-        examples = self.targets | self._computed(self._parts()[0])
-        self.energy = {n: v.square().mean().clamp(min=1e-12) for n, v in examples.items()}
+        self.energy = self._energies()
         trained = () if phase == "scales" else unit.layers  # with "weights", activation quantizers are switched off
         self.weights = [(n, self._quantizer(n.args[1]), layer_weight(program, n)) for n in trained]
         # A closure may recompute what belongs to an earlier unit: its quantizers are final.
@@ -112,13 +112,14 @@ class UnitTrainer:
         assert isinstance(module, WeightFakeQuant)
         return module
 
-    def run(self, ctx: Context, label: str) -> dict[str, Any]:
+    def run(self, ctx: Context, label: str) -> dict[str, float]:
         """Train, fix the roundings, and return losses before and after."""
         config = self.config
-        before = self._mean_loss()
+        before = self._finite(self._mean_loss())
         groups = self._parameter_groups()
         if not groups:  # only scales are trained, and no activation in this unit has one of its own
             ctx.progress.advance(config.iters, label)
+            self._release()
             return {"before": before, "after": before}
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.iters)
@@ -126,15 +127,38 @@ class UnitTrainer:
         every = max(1, config.iters // 20)
         for step in range(config.iters):
             optimizer.zero_grad(set_to_none=True)
-            loss = self.loss(self._rows()) + self._regulariser(step)
+            part = self.share.local(self._rows())
+            self.pool.select(part)
+            loss = part.weight * self.loss(part.rows) + self._regulariser(step) / self.share.world.size
             loss.backward()
+            self._add_gradients(optimizer)
             optimizer.step()
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == config.iters:
                 done = every if (step + 1) % every == 0 else config.iters % every
-                ctx.progress.advance(done, f"{label} loss {float(loss.detach()):.2e}")
+                ctx.progress.advance(done, f"{label} loss {self._finite(float(loss.detach())):.2e}")
         self._finish()
-        return {"before": before, "after": self._mean_loss()}
+        after = self._finite(self._mean_loss())
+        self._release()
+        return {"before": before, "after": after}
+
+    def learned(self) -> dict[str, Tensor]:
+        """What training changed, by quantizer."""
+        return learned_state(self.program, [q for _, q, _ in self.weights], self.activations)
+
+    def _release(self) -> None:
+        self.streams.caches.release(*self.targets.values())
+        self.targets = {}
+
+    def _finite(self, loss: float) -> float:
+        """The loss, unless squares of the unit's values overflow float32: rounding learned from NaN would be noise."""
+        if math.isfinite(loss):
+            return loss
+        largest = max(float(v.abs().max()) for v in self.quant_in.values())
+        raise CalibrationError(
+            f"the loss of block {self.unit.name} is {loss}: its values (inputs reach {largest:.3g}) are too large to be "
+            "squared in float32; scale the model down, or leave these layers in float with a rule (weight_bits = 32)"
+        )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         narrow: list[nn.Parameter] = []
@@ -155,19 +179,29 @@ class UnitTrainer:
         return [{"params": params, "lr": lr} for params, lr in rates if params]
 
     def _rows(self) -> Tensor:
-        total = self.streams.total
         size = self.config.batch
         lowest = self.program.signature.min_batch
         size = lowest if lowest == self.program.signature.max_batch else min(size, self.program.signature.max_batch)
-        return torch.randint(0, total, (size,), generator=self.generator)
+        return torch.randint(0, self.share.total, (size,), generator=self.generator)
+
+    def _energies(self) -> dict[fx.Node, Tensor]:
+        """Mean square of each target: of stored ones over all samples, of computed ones over the first."""
+        first = self.share.local(self._parts()[0])
+        means = {n: self.share.weight * self.streams.caches.mean_square(v) for n, v in self.targets.items()}
+        means |= {n: first.weight * v.square().mean() for n, v in self._computed(first.rows).items()}
+        return {n: v.clamp(min=1e-12) for n, v in zip(means, self.share.sums(list(means.values())), strict=True)}
+
+    def _add_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.share.world.add(gradients)
 
     def loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
-        run_nodes(self.program.graph_module, self.closure, values)
+        taps = run_tapped(self.program.graph_module, self.closure, values, self.watched if self.local else ())
         targets = self._sampled(rows)
         loss = self.method.block_loss_weight * self._error(self.unit.output, values, targets)
         for node in self.watched:
-            loss = loss + self.method.layer_loss_weight * self._error(node, values, targets)
+            loss = loss + self.method.layer_loss_weight * self._error(node, values | taps, targets)
         return loss
 
     def _error(self, node: fx.Node, values: dict[fx.Node, Any], targets: dict[fx.Node, Tensor]) -> Tensor:
@@ -179,7 +213,7 @@ class UnitTrainer:
 
     def _sampled(self, rows: Tensor) -> dict[fx.Node, Tensor]:
         """Targets of some samples: stored ones by row, others computed."""
-        return {n: v[rows] for n, v in self.targets.items()} | self._computed(rows)
+        return {n: v[rows].float() for n, v in self.targets.items()} | self._computed(rows)
 
     def _computed(self, rows: Tensor) -> dict[fx.Node, Tensor]:
         return self.streams.float_rows(self.closure, self.rowless, rows) if self.rowless else {}
@@ -192,7 +226,7 @@ class UnitTrainer:
 
     def _set_drop(self, on: bool) -> None:
         active = on and self.method.qdrop > 0
-        self.pool = MaskPool(self.method.qdrop, self.generator)
+        self.pool = DividedMasks(self.method.qdrop, self.generator)
         for activation in self.activations:
             activation.drop = self.pool if active else None
 
@@ -209,23 +243,28 @@ class UnitTrainer:
         self._set_drop(False)
         for _, quantizer, weight in self.weights:
             quantizer.finish_rounding(weight)
+            # Sums of gradients are the same bits everywhere; that steps of the optimizer are does not hang on equal hardware.
+            self.share.world.agree([quantizer.codes] if quantizer.codes is not None else [])
         for activation in self.activations:
             activation.log_scale.requires_grad_(False)
+        self.share.world.agree([a.log_scale for a in self.activations])
 
     def _mean_loss(self) -> float:
         """Block loss (normalised error of the output) over the first 128 samples, hard roundings."""
         out = self.unit.output
         errors = []
         with torch.no_grad():
-            for rows in self._parts():
+            for part in map(self.share.local, self._parts()):
+                rows = part.rows
                 values: dict[fx.Node, Any] = {n: self.quant_in[n][rows] for n in self.inputs}
                 run_nodes(self.program.graph_module, self.closure, values)
-                errors.append((values[out] - self._sampled(rows)[out]).square().mean() / self.energy[out])
-        return float(torch.stack(errors).mean())
+                error = (values[out] - self._sampled(rows)[out]).square().mean() / self.energy[out]
+                errors.append(part.weight * error)
+        return float(torch.stack(self.share.sums(errors)).mean())
 
     def _parts(self) -> list[Tensor]:
         """Indices of the first 128 samples in slices that the captured batch allows."""
         limit = self.program.signature.max_batch
         fixed = self.program.signature.min_batch == limit
-        slices = torch.arange(min(128, self.streams.total)).split(limit if fixed else min(64, limit))
+        slices = torch.arange(min(128, self.share.total)).split(limit if fixed else min(64, limit))
         return [r for r in slices if not fixed or r.numel() == limit]

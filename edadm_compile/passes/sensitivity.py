@@ -40,11 +40,12 @@ def sensitivities(
     """
     values = float_values(program, ctx)
     ctx.progress.stage("sensitivity", len(nodes))
-    errors = {}
-    for node in nodes:
-        errors[node] = output_error(program, _rounded_weight(program, node, bits), values)
-        ctx.progress.advance(1, layer_name(node))
-    return errors, output_energy(program, values)
+    errors = torch.zeros(len(nodes), dtype=torch.float64)
+    for i in ctx.world.turns(len(nodes)):
+        errors[i] = output_error(program, _rounded_weight(program, nodes[i], bits), values)
+        ctx.progress.advance(ctx.world.size, layer_name(nodes[i]))
+    ctx.world.add([errors])
+    return dict(zip(nodes, errors.tolist(), strict=True)), output_energy(program, values)
 
 
 def float_values(program: Program, ctx: Context) -> dict[fx.Node, Any]:

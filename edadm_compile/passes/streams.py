@@ -13,6 +13,7 @@ from edadm_compile.ir.analysis import is_batched
 from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit
+from edadm_compile.passes.caches import Caches
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 
 _CHUNK = 64
@@ -41,11 +42,14 @@ class Streams:
     """Values of the float and of the quantized model at the current position of the graph, for all samples.
 
     Attributes:
-        float_values, quant_values: node -> [N, ...] for every node that a later step still reads.
+        float_values, quant_values: node -> [N, ...] for every node that a later step still reads, in `caches`.
     """
 
-    def __init__(self, program: Program, units: Sequence[Unit], inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, program: Program, units: Sequence[Unit], inputs: Sequence[Tensor], caches: Caches | None = None
+    ) -> None:
         self.program = program
+        self.caches = Caches() if caches is None else caches
         self._module = program.graph_module
         signature = program.signature
         self._fixed = signature.min_batch == signature.max_batch
@@ -71,7 +75,7 @@ class Streams:
 
     def _graph_inputs(self, inputs: list[Tensor]) -> list[Tensor]:
         pieces = [self.program.graph_inputs(list(p)) for p in zip(*(v.split(self._chunk) for v in inputs), strict=True)]
-        return [torch.cat(column) for column in zip(*pieces, strict=True)]
+        return [self.caches.keep(torch.cat(column)) for column in zip(*pieces, strict=True)]
 
     def _schedule(self, units: Sequence[Unit]) -> list[Unit | fx.Node]:
         """Units at the position of their outputs, every other stored node at its own."""
@@ -123,23 +127,27 @@ class Streams:
         for number, step in enumerate(self._steps):
             closure = self.closure(step)
             output = step.output if isinstance(step, Unit) else step
-            wanted = (
-                [output] if self._stored(output) else []
-            )  # what has no sample dimension is recomputed by its readers
-            with float_mode(self.program):
-                result = self.run(closure, self.float_values, wanted) if wanted else {}
+            wanted = [output] if self._stored(output) else []  # what has no sample dimension its readers recompute
             if isinstance(step, Unit):
                 train(step)
             if wanted:
+                with float_mode(self.program):
+                    result = self.run(closure, self.float_values, wanted)
                 self.quant_values.update(self.run(closure, self.quant_values, wanted))
                 self.float_values.update(result)
-            for node in [n for n in self.float_values if self._last_use.get(n, -1) <= number]:
-                del self.float_values[node], self.quant_values[node]
+            self._drop([n for n in self.float_values if self._last_use.get(n, -1) <= number])
+        self._drop(list(self.float_values))
 
-    def float_targets(self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
-        """Float values [N, ...] of those of `wanted` inside a closure that have one row per sample."""
+    def _drop(self, nodes: Sequence[fx.Node]) -> None:
+        for node in nodes:
+            self.caches.release(self.float_values.pop(node), self.quant_values.pop(node))
+
+    def float_targets(
+        self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node], dtype: torch.dtype = torch.float32
+    ) -> dict[fx.Node, Tensor]:
+        """Float values [N, ...] of those of `wanted` inside a closure that have one row per sample, stored as `dtype`."""
         with float_mode(self.program):
-            return self.run(closure, self.float_values, [n for n in wanted if is_batched(n)])
+            return self.run(closure, self.float_values, [n for n in wanted if is_batched(n)], dtype)
 
     def float_rows(self, closure: Sequence[fx.Node], wanted: Sequence[fx.Node], rows: Tensor) -> dict[fx.Node, Tensor]:
         """Float values of nodes inside a closure for some samples, whatever their layout (tokens of all samples in one list, say)."""
@@ -149,16 +157,25 @@ class Streams:
         return {n: values[n] for n in wanted}
 
     def run(
-        self, closure: Sequence[fx.Node], stored: dict[fx.Node, Tensor], wanted: Sequence[fx.Node]
+        self,
+        closure: Sequence[fx.Node],
+        stored: dict[fx.Node, Tensor],
+        wanted: Sequence[fx.Node],
+        dtype: torch.dtype = torch.float32,
     ) -> dict[fx.Node, Tensor]:
-        """Run a closure over all samples in chunks; returns the wanted values joined."""
+        """Run a closure over all samples in chunks; returns the wanted values [N, ...], in caches, float32 as `dtype`."""
         inputs = self.stored_inputs(closure)
-        parts: dict[fx.Node, list[Tensor]] = {n: [] for n in wanted}
+        found: dict[fx.Node, Tensor] = {}
         with torch.no_grad():
             for rows in torch.arange(self.total).split(self._chunk):
                 window = slice(int(rows[0]), int(rows[-1]) + 1)
                 values: dict[fx.Node, Any] = {n: stored[n][window] for n in inputs}
                 run_nodes(self._module, closure, values)
                 for node in wanted:
-                    parts[node].append(values[node])
-        return {n: torch.cat(p) for n, p in parts.items()}
+                    if node not in found:
+                        like = values[node]
+                        found[node] = self.caches.empty(
+                            self.total, like.to(dtype) if like.dtype == torch.float32 else like
+                        )
+                    found[node][window] = values[node]
+        return found

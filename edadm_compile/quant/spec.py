@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from edadm_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 #: Activation widths with an integer lowering. 16 is executed as two int8 terms (see `split_hi_lo`).
 ACT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -34,6 +36,8 @@ class QuantSpec:
     @property
     def dtype(self) -> torch.dtype:
         """Container type of the codes: int8, or int16 for 16-bit activations."""
+        import torch  # not at the top: the command line reads the allowed widths before anything heavy is loaded
+
         return torch.int16 if self.bits == 16 else torch.int8
 
 

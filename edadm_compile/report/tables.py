@@ -43,7 +43,17 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
         "device": describe(artifact.device),
         **{
             k: manifest.get(k)
-            for k in ("average_bits", "mixed_precision", "config", "source", "quality", "allocation", "versions")
+            for k in (
+                "average_bits",
+                "warnings",
+                "mixed_precision",
+                "config",
+                "source",
+                "quality",
+                "allocation",
+                "versions",
+                "computed_with",
+            )
         },
     }
 
@@ -97,10 +107,25 @@ def print_inspect(report: dict[str, Any]) -> None:
         f"source {source.get('class')} {source.get('file', '')} sha256 {str(source.get('sha256', 'unknown'))[:16]}, "
         f"{source['parameters']:,} parameters"
     )
+    for text in report["warnings"] or ():
+        out.print(f"note: {text}", highlight=False)
     sampler = report["sampler"]
     out.print(
         f"sampler {sampler['_class_name']}, {sampler['steps']} steps{_guidance(sampler)}; seed {report['config']['seed']}; made with {report['versions']}"
     )
+
+
+def print_settings(report: dict[str, Any]) -> None:
+    """Print every setting of the compilation, and what the file says it must be used with."""
+    out = console()
+    table = Table(title="settings", title_justify="left", show_header=False)
+    for name, value in report["config"].items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, setting in parts:
+            table.add_row(f"{name}.{part}" if part else name, "the method's" if setting is None else str(setting))
+    out.print(table)
+    for spec in report["inputs"]:
+        out.print(f"input {spec['name']}: {spec['dtype']} {['B', *spec['shape']]}", highlight=False)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -130,11 +155,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         quality = summary["sqnr_db"]
         table.add_row(
             "noise SQNR against float",
-            f"{_db(quality['sqnr'])} over all steps, worst step {_db(min(v for v in quality['per_step'] if v is not None))}"
-            f"{_branches(quality)}",
+            f"{_db(quality['sqnr'])} over all steps, worst step {_db(_worst(quality['per_step']))}{_branches(quality)}",
         )
     stages = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in summary["seconds"].items() if v >= 0.5)
     table.add_row("time", f"{summary['total_seconds']:.0f} s ({stages})")
+    print_work(table, summary)
     out.print(table)
     print_mixed(out, summary["mixed_precision"], summary["sqnr_db"])
     print_device(summary.get("device"))
@@ -142,6 +167,23 @@ def print_summary(summary: dict[str, Any]) -> None:
         out.print(f"float: {name}: {reason}", highlight=False)
     for note in summary["notes"]:
         out.print(f"note: {note}", highlight=False)
+
+
+def print_work(table: Table, summary: dict[str, Any]) -> None:
+    """Rows for what came from an earlier run, and for caches that were spilled."""
+    resumed, caches = summary.get("resumed"), summary.get("caches")
+    if resumed:
+        kept = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in resumed["seconds"].items() if v >= 0.5)
+        blocks = f"{resumed['blocks']} blocks, " if resumed["blocks"] else ""
+        table.add_row(
+            "from an earlier run", f"{blocks}{resumed['total_seconds']:.0f} s of work ({kept or 'short stages'})"
+        )
+    if caches and caches["limit"] is not None:
+        table.add_row(
+            "cached activations",
+            f"at most {human(caches['memory_peak'])} in memory (limit {human(caches['limit'])}), "
+            f"{human(caches['spilled_peak'])} in files",
+        )
 
 
 def _chosen(summary: dict[str, Any]) -> str:
@@ -215,6 +257,11 @@ def _branches(quality: dict[str, Any]) -> str:
         return ""
     without, with_condition = quality["branches"]
     return f" (guided; {_db(without)} without and {_db(with_condition)} with the condition)"
+
+
+def _worst(steps: list[float | None]) -> float | None:
+    """The lowest figure; None (exact) where every step is."""
+    return min((v for v in steps if v is not None), default=None)
 
 
 def _db(value: float | None) -> str:

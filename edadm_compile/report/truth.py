@@ -84,7 +84,7 @@ def launch_table(bundle: Bundle, arch: str, batch: int) -> list[dict[str, Any]]:
     plan = bundle.plans.get((arch, batch))
     if plan is None:
         held = ", ".join(f"{a}:{b}" for a, b in sorted(bundle.plans))
-        raise InputError(f"--launches: got {arch}:{batch}, the file has {held}")
+        raise InputError(f"--launches: got {arch}:{batch}, the file has {held or 'no plan'}")
     return [
         _launch_row(plan, launch, bundle.cubins.get(key), i)
         for i, (launch, key) in enumerate(zip(plan.launches, bundle.keys[arch, batch], strict=True))
@@ -112,6 +112,20 @@ def _launch_row(plan: LaunchPlan, launch: Launch, cubin: Cubin | None, index: in
         "when": "once per prompt" if index < plan.conditioning else "every step",
         "why_float": launch.why_float,
     }
+
+
+def program_rows(program: Program, requested: str) -> list[tuple[str, str]]:
+    """What a lowered program runs and stores, as names and values for a small table."""
+    rows = truth_table(program, requested)
+    widths: dict[str, int] = {}
+    for row in rows:
+        widths[row["executed"]] = widths.get(row["executed"], 0) + 1
+    found = totals(rows)
+    ratio = "" if found["ratio_to_fp16"] is None else f", {100 * found['ratio_to_fp16']:.1f} % of fp16"
+    return [
+        ("layers", ", ".join(f"{count} {width}" for width, count in sorted(widths.items()))),
+        ("weights of quantized layers", f"{found['bytes'] / 1e6:.3f} MB{ratio}"),
+    ]
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from edadm_compile.ir.program import (
 )
 from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.runtime import device_code
+from edadm_compile.runtime.atomic import replace_file
 from edadm_compile.runtime.program_json import graph_from_json, graph_to_json, layers_from_json
 from edadm_compile.runtime.sampler_json import sampler_from_json, sampler_to_json
 
@@ -111,22 +111,15 @@ def write(artifact: Artifact, path: Path) -> int:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary file beside it, fsync, rename.
+    """Write a whole file or nothing (`edadm_compile.runtime.atomic`).
 
     Raises:
         ArtifactError: the file cannot be written; an older file of that name is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        replace_file(path, data)
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Artifact:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edadm_compile import notebook
 from edadm_compile.errors import InputError
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from edadm_compile.ir.timesteps import as_timesteps
@@ -92,6 +93,27 @@ class CompiledModel(nn.Module):
         if width is None:
             raise AttributeError("the source model has no added conditions")
         return SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{s.name} {['B', *s.shape]}".replace("'", "") for s in self.signature.inputs)
+        return f"CompiledModel({self.signature.source}, {self._widths()}, {self.engine_name} engine, inputs {inputs})"
+
+    def _widths(self) -> str:
+        config = self.artifact.manifest.get("config", {})
+        return f"w{config.get('weight_bits')}a{config.get('act_bits')}"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, what runs it, how it is called, how good it is."""
+        quality = (self.artifact.manifest.get("quality") or {}).get("sqnr")
+        rows = [
+            ("source", self.signature.source),
+            ("widths", self._widths()),
+            ("engine", f"{self.engine_name} on {self.device}"),
+            ("inputs", ", ".join(f"{s.name} {['B', *s.shape]}".replace("'", "") for s in self.signature.inputs)),
+            ("sampler", f"{self.sampler.scheduler.get('_class_name')}, {self.sampler.steps} steps"),
+            ("noise SQNR against float", "not measured" if quality is None else f"{quality:.1f} dB"),
+        ]
+        return notebook.table("Compiled model", rows)
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predict the noise.

@@ -1,17 +1,22 @@
 """The quality benchmarks: their settings and arithmetic, and a shortened run."""
 
+import dataclasses
 import json
 
 import pytest
+import torch
 
-from benchmarks.quality import methods, reconstruction
+from benchmarks.quality import methods, reconstruction, tfmq
 from edadm_compile.methods import METHODS
+from tests.graphs import TinyUNet, small_config, source_of
 
 
 def test_every_row_is_a_configuration_of_its_own():
     for table in (methods.METHODS, methods.ABLATIONS):
         recipes = {
-            name: (c.recipe, c.uniform) for name in table if (c := methods.configuration(table[name], "w4a6", 1, 7, 9))
+            name: (c.recipe, c.uniform, "simulated" in table[name])
+            for name in table
+            if (c := methods.configuration(table[name], "w4a6", 1, 7, 9))
         }
         assert len(set(recipes.values())) == len(table)
     config = methods.configuration(methods.ABLATIONS["layer losses alone"], "w4a6", 1, 7, 9)
@@ -56,3 +61,21 @@ def test_reconstruction_speed_of_one_unit(tmp_path):
     (row,) = found["units"]
     assert row["ours_seconds"] > 0 and row["released_seconds"] > 0
     assert found["ratio"] == pytest.approx(row["released_seconds"] / row["ours_seconds"])
+
+
+def test_scales_of_each_step_are_those_of_its_own_states():
+    """The simulated rival: scales differ from step to step, and a call uses those of its timestep."""
+    source = source_of(TinyUNet())
+    config = methods.configuration(methods.METHODS["TFMQ-DM (simulated)"], "w4a4", 0, 2, 12)
+    config = dataclasses.replace(config, tdac=small_config().tdac)
+    model = tfmq.simulate(source, config)
+    first, last = model.scales[0], model.scales[-1]
+    assert len(model.scales) == model.timesteps.numel() == 4
+    assert any(float(a[0]) != float(b[0]) for a, b in zip(first, last, strict=True))
+    x, t = torch.randn(4, 3, 8, 8), model.timesteps.long()
+    mixed = model(x, t)
+    for row in range(4):
+        alone = model(x[row : row + 1], t[row : row + 1])
+        assert torch.allclose(mixed[row : row + 1], alone, atol=1e-5)
+    swapped = tfmq.StepScaled(model.program, model.timesteps, model.scales[::-1])
+    assert not torch.allclose(swapped(x, t), mixed, atol=1e-3)

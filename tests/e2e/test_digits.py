@@ -226,7 +226,9 @@ def test_an_older_file_survives(old, monkeypatch, where, error):
     if where == "collect":
         monkeypatch.setattr(pipeline, "run_passes", lambda program, *rest: program)
         monkeypatch.setattr(pipeline, "capture", lambda source: None)
+        monkeypatch.setattr(pipeline, "check_parameters", lambda program: None)
         monkeypatch.setattr(pipeline, "_evaluations", lambda program, config: None)
+        monkeypatch.setattr("edadm_compile.driver.workdir.program_of", lambda program: {})
     message = _fails(130 if error is not None else 3, MODEL, "--w4a8", "-o", old, "--quiet", "--targets", "none")
     assert ("interrupted: nothing was written" if error is not None else "error: stopped here") in message
     assert old.read_bytes() == b"an older result" and [p.name for p in old.parent.iterdir()] == [old.name]
@@ -270,7 +272,7 @@ def test_pickles_are_not_opened(tmp_path):
     [
         (["--shape", "3x32x32"], "--shape: got '3x32x32'"),
         (["--w4a8", "--weights-bits", "8"], "--w4a8 and --weights-bits 8 contradict"),
-        (["--w5a8"], "No such option"),
+        (["--w5a8"], "unknown option --w5a8; did you mean"),
         (["--weights-bits", "9"], "weight_bits: got 9"),
         (["--acts-bits", "1"], "act_bits: got 1"),
         (["--method", "gptq"], "gptq"),

@@ -183,7 +183,7 @@ def test_activations_that_are_not_finite_are_refused(bad, position):
     batches[position][7] = bad
     for batch in batches:
         observer.update(batch, 10, torch.Generator())
-    with pytest.raises(CalibrationError, match="activation here is not finite"):
+    with pytest.raises(CalibrationError, match="input of layer here is not finite"):
         observer.affine(ActFakeQuant(act_spec(8)), "here", METHODS["default"])
 
 

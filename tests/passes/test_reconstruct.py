@@ -153,10 +153,23 @@ def test_streams_carry_the_float_and_the_quantized_prefix():
             for values, on in ((streams.float_values, False), (streams.quant_values, True)):
                 expected = _value_at(quantized, node, ctx.calibration.inputs, on)
                 assert float((values[node] - expected).abs().max()) <= 1e-4 * max(1.0, float(expected.abs().max()))
+        assert len(streams.float_values) <= 4  # x, t and two more: what nobody reads any more is dropped
 
     streams.advance(train)
     assert order == ["stem", "a", "b", "head"]
-    assert len(streams.float_values) <= 2  # what nobody reads any more is dropped
+    assert streams.float_values == streams.quant_values == {} and streams.caches.use.memory == 0
+
+
+def test_cached_targets_can_have_half_the_size():
+    peaks = {}
+    for dtype in ("float32", "bfloat16"):
+        program, config = _program(), _config(iters=20, target_dtype=dtype)
+        ctx = Context(config, calibration=random_calibration(program, samples=48))
+        run_passes(program, [InsertQuant(), Calibrate(), Reconstruct()], ctx)
+        assert all(r["after"] < r["before"] for r in ctx.stats["reconstruct"]["units"][1:])
+        peaks[dtype] = ctx.stats["reconstruct"]["caches"]["memory_peak"]
+    # A block has two layers of [48, 8, 8, 8] as targets beside what the streams hold.
+    assert peaks["float32"] - peaks["bfloat16"] >= 2 * 48 * 8 * 8 * 8 * 2
 
 
 def _value_at(program, node, inputs, quantized):

@@ -125,7 +125,7 @@ def test_options_of_a_session(exported):
 
 
 def files_bytes(exported):
-    data = module._serialised(exported.model)
+    data = module.serialised(exported.model)
     assert isinstance(data, bytes)
     return data
 

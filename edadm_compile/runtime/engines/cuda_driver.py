@@ -109,6 +109,24 @@ class CudaDriver:
         config.attrs, config.numAttrs = [self._early], 1
         self._call(self._api.cuLaunchKernelEx, config, function, arguments.address, 0)
 
+    def version(self) -> int:
+        """The CUDA version the driver offers: 12080 for 12.8."""
+        return int(self._call(self._api.cuDriverGetVersion))
+
+    def gpus(self) -> list[dict[str, Any]]:
+        """Name, architecture and memory (bytes) of each GPU; starts no context."""
+        attributes = self._api.CUdevice_attribute
+        found = []
+        for index in range(int(self._call(self._api.cuDeviceGetCount))):
+            device = self._call(self._api.cuDeviceGet, index)
+            kinds = (attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                     attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)  # fmt: skip
+            major, minor = (int(self._call(self._api.cuDeviceGetAttribute, kind, device)) for kind in kinds)
+            text = bytes(self._call(self._api.cuDeviceGetName, 256, device)).split(b"\0")[0].decode()
+            memory = int(self._call(self._api.cuDeviceTotalMem, device))
+            found.append({"name": text, "arch": f"sm_{major}{minor}", "bytes": memory})
+        return found
+
     @cached_property
     def _early(self) -> Any:
         """The launch attribute that lets a kernel start before the one in front of it has ended."""

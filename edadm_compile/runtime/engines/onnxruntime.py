@@ -97,7 +97,7 @@ class OnnxRuntimeEngine:
         exported = _export(program) if isinstance(program, Program) else program
         self.signature = exported.prepared.signature
         self.threads = threads or torch.get_num_threads()
-        self._data = _serialised(exported.model)
+        self._data = serialised(exported.model)
         if isinstance(self._data, Path):
             weakref.finalize(self, shutil.rmtree, self._data.parent, ignore_errors=True)
         self._last = _last_timestep(exported.prepared)
@@ -179,7 +179,7 @@ def _export(program: Program) -> Exported:
     return convert(program, target("cpu"))
 
 
-def _serialised(model: ir.Model) -> bytes | Path:
+def serialised(model: ir.Model) -> bytes | Path:
     """The model as bytes, or as a file where it is too large for one message."""
     import onnx_ir as ir
 

@@ -1,0 +1,1 @@
+"""The report: one HTML page without anything outside of it."""

@@ -1,0 +1,131 @@
+"""Each error that the code can raise is in the table, or stands here with where it is tested or why it is out of reach.
+
+A new `raise` in one of the parts below fails this test until it has a line in one of the `cases_*.py`.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from edadm_compile import errors
+from tests.cli.test_errors import CASES, written_out
+
+ROOT = Path(__file__).parents[2] / "edadm_compile"
+PARTS = (
+    "cli", "config.py", "driver", "frontend", "calibration", "evaluate/gates.py", "report", "runtime/artifact.py",
+    "kernels/targets.py", "passes", "export/files.py", "export/targets.py",
+)  # fmt: skip
+KINDS = {
+    name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.EdadmError)
+}
+
+CRAFTED = "an archive made to do harm: tests/frontend/test_feature_file.py"
+FORGED = "a manifest that was forged with its checksum: tests/runtime/test_artifact.py"
+PYTHON = "from Python alone: click or another check refuses it before"
+GPU = "on a machine with a GPU: tests/driver/test_tune.py, tests/driver/test_bench.py"
+BROKEN = "a result that only a bug, or a processor without VNNI, makes: "
+#: Where, beginning of the message (or of its source) -> why it is not in the table.
+ELSEWHERE = {
+    ("driver/bench_inputs.py", "no times:"): BROKEN + "tests/driver/test_bench.py",
+    ("driver/compile.py", "compile_model:"): PYTHON,
+    ("driver/contenders.py", "--baseline: a torch.export"): GPU,
+    ("driver/doctor.py", ""): "a machine without the packages: tests/driver/test_doctor.py",
+    ("driver/evaluate.py", "evaluate_model:"): PYTHON,
+    ("driver/evaluate.py", "--seed"): PYTHON,
+    ("driver/evaluate.py", "{name}: got {value}, allowed 1"): PYTHON,
+    ("driver/evaluate.py", "{broken} of"): BROKEN + "tests/driver/test_evaluate.py",
+    ("driver/export.py", "export needs"): "without the packages of the extra: tests/e2e/test_export.py",
+    ("driver/export.py", "--layout: got"): PYTHON,
+    ("driver/export.py", "_sentence"): BROKEN + "tests/export/test_sabotage.py",
+    ("driver/image_data.py", "--data {path}: pictures have"): "a model of 4 channels: tests/driver/test_image_data.py",
+    ("driver/tune.py", "this GPU is"): GPU,
+    ("driver/tune.py", "{launch.layer}"): GPU,
+    ("driver/tune_search.py", "refused"): GPU,
+    ("frontend/archive_check.py", ""): CRAFTED,
+    ("frontend/load.py", "_pickle_message"): "text.pt, cut.pt and whole.pt of the table",
+    ("frontend/feature_file.py", "{self.path}: features are"): "tests/frontend/test_feature_file.py",
+    ("calibration/collect.py", "bottleneck:"): "graphs without images: tests/calibration/test_collect.py",
+    ("calibration/guidance.py", "guidance "): PYTHON,
+    ("calibration/sampler.py", "condition "): "the front end asks for the tensor first, with the same advice",
+    ("calibration/schedulers.py", "guidance: got"): PYTHON,
+    ("calibration/tdac.py", "bottleneck feature"): "the prediction would not be finite either, which is found first",
+    ("runtime/artifact.py", "signature:"): FORGED,
+    ("runtime/artifact.py", "time "): FORGED,
+    ("runtime/artifact.py", "{path}: inconsistent"): FORGED,
+    ("runtime/artifact.py", "{path}: malformed"): FORGED,
+    ("runtime/artifact.py", "{path}: format"): FORGED,
+    ("runtime/artifact.py", "{path}: manifest has no"): FORGED,
+    ("runtime/artifact.py", "{self._path}: the program needs"): FORGED,
+    ("runtime/artifact.py", "cannot write {path}: {error.strerror"): "a full disk: tests/runtime/test_artifact.py",
+    ("passes/base.py", "pass "): "a bug in the list of passes: tests/passes/test_base.py",
+    ("passes/calibrate.py", "weight "): "`passes.finite` finds it first, except in graphs made by hand",
+    ("passes/calibrate.py", "the input of layer"): "a mask hides the value from the prediction: tests/passes/test_quantization.py",
+    ("passes/capture.py", "the model returned"): "part of another sentence: 'cannot be called with'",
+    ("passes/layer_errors.py", ""): "tests/passes/test_mixed_widths.py",
+    ("passes/mixed_widths.py", "min_sqnr"): "a large model, or one compiled to the end: tests/passes/test_mixed_widths.py",
+    ("passes/output_ranges.py", ""): "tests/passes/test_deploy.py",
+    ("passes/reconstruct.py", "the loss of block"): "tests/passes/test_stress.py",
+    ("passes/trace.py", "the captured graph has"): "the front end has counted the inputs before",
+    ("export/files.py", "cannot write {path}: {error"): "a full disk: tests/export/test_saving.py",
+    ("export/files.py", "the graph is not valid"): BROKEN + "tests/export/test_files.py",
+    ("export/targets.py", ""): PYTHON,
+}  # fmt: skip
+
+
+def _sites():
+    """(file, line, source of the message, what matches it) of each `raise` of the package's errors."""
+    for part in PARTS:
+        place = ROOT / part
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                call = node.exc if isinstance(node, ast.Raise) else None
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in KINDS:
+                    yield str(path.relative_to(ROOT)), node.lineno, *_template(call.args[0])
+
+
+def _template(message):
+    """Readable source of a message, and its pattern: what an f-string fills in may be anything."""
+    if isinstance(message, ast.Subscript):  # cut to a length
+        message = message.value
+    if isinstance(message, ast.Constant):
+        return message.value, re.escape(message.value)
+    if not isinstance(message, ast.JoinedStr):
+        return ast.unparse(message), None
+    parts = [
+        (v.value, re.escape(v.value)) if isinstance(v, ast.Constant) else (f"{{{ast.unparse(v.value)}}}", ".*")
+        for v in message.values
+    ]
+    return "".join(p[0] for p in parts), "".join(p[1] for p in parts)
+
+
+SITES = list(_sites())
+SENTENCES = [written_out(sentence) for _, _, sentence in CASES]
+
+
+def _in_table(pattern):
+    """Whether a sentence comes from this place."""
+    return pattern is not None and any(re.fullmatch(pattern, sentence) for sentence in SENTENCES)
+
+
+@pytest.mark.parametrize(("file", "line", "source", "pattern"), SITES, ids=[f"{s[0]}:{s[1]}" for s in SITES])
+def test_it_is_in_the_table(file, line, source, pattern):
+    if any(file == f and source.startswith(start) for f, start in ELSEWHERE):
+        return
+    found = _in_table(pattern)
+    assert found, (
+        f"{file}:{line} raises an error that is in no table: add a command that causes it to tests/cli/cases_*.py, or say "
+        f"in ELSEWHERE where it is tested. The message: {source}"
+    )
+
+
+@pytest.mark.parametrize("key", list(ELSEWHERE), ids=str)
+def test_what_is_left_out_still_exists(key):
+    assert any(file == key[0] and source.startswith(key[1]) for file, _, source, _ in SITES)
+
+
+def test_tests_that_are_named_exist():
+    for reason in ELSEWHERE.values():
+        for name in re.findall(r"tests/[\w/]+\.py", reason):
+            assert (ROOT.parent / name).exists(), name
