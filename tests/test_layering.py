@@ -16,7 +16,7 @@ RANK = {
 ALLOWED = {
     "diffusers": {"calibration", "frontend"}, "sklearn": {"calibration", "frontend"}, "safetensors": {"runtime", "frontend", "driver"},
     "click": {"cli"}, "jinja2": {"report"}, "markupsafe": {"report"}, "rich": {"report", "driver", "cli"}, "PIL": {"driver", "report"}, "numpy": {"calibration", "driver", "evaluate", "passes", "report", "runtime"}, "torchmetrics": {"evaluate"}, "torch_fidelity": {"evaluate"},
-    "scipy": {"passes"},
+    "scipy": {"passes"}, "transformers": {"frontend"}, "yaml": {"frontend"},
     "triton": {"kernels"}, "cuda": {"runtime"}, "onnx": {"export"}, "onnx_ir": {"export", "runtime"}, "ml_dtypes": {"export"}, "onnxruntime": {"runtime"},
     "torch": set(RANK) - {"errors", "methods", "notebook", "callbacks", "config", "cli"},
 }  # fmt: skip

@@ -142,6 +142,19 @@ def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="FILE.safetensors",
             help="Condition tensors [N, ...] by forward parameter name.",
         ),
+        click.option(
+            "--original-config",
+            type=FILE,
+            metavar="FILE.yaml",
+            help="Training configuration of a checkpoint in its authors' layout.",
+        ),
+        click.option(
+            "--pipeline",
+            type=FILE,
+            metavar="FOLDER",
+            help="diffusers pipeline with the text encoders (default: MODEL's).",
+        ),
+        click.option("--prompts", type=FILE, metavar="FILE.txt", help="Prompts, one a line, in place of --cond."),
         click.option("--steps", type=int, help="Sampler steps (default: the checkpoint's, else 50)."),
         click.option(
             "--scheduler", type=FILE, metavar="FILE.json", help="diffusers scheduler_config.json of the sampler."

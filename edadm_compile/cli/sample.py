@@ -18,6 +18,8 @@ from edadm_compile.cli.options import FILE, OneOf, guarded, output_options, prin
     "--reference", type=FILE, metavar="MODEL", help="Float model: sampled from the same noise, rows side by side."
 )
 @click.option("--label", type=int, help="Class label for all images (default: labels in turn).")
+@click.option("--decode", is_flag=True, help="Latents to images with the autoencoder of --pipeline or --reference.")
+@click.option("--vae", type=FILE, metavar="FOLDER", help="The same with this diffusers autoencoder.")
 @click.option("--engine", type=OneOf(["onnxruntime", "reference"]), help="CPU engine (default: ONNX Runtime).")
 @click.option("--seed", type=int, default=0, show_default=True)
 @source_options

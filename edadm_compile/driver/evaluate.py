@@ -31,7 +31,8 @@ from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.session import CompiledModel, load
 
 #: Keywords of `evaluate_model` that say how to load the float model.
-_SOURCE_OPTIONS = ("shape", "scheduler", "steps", "conditions", "factory", "trust_pickle")
+_SOURCE_OPTIONS = ("shape", "scheduler", "steps", "conditions", "factory", "trust_pickle",
+                   "prompts", "pipeline", "original_config")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from edadm_compile.calibration import guidance, sampler
 from edadm_compile.callbacks import Dispatcher, Receiver
-from edadm_compile.driver.options import load_options
+from edadm_compile.driver.options import condition_options, load_options
 from edadm_compile.errors import ContractError, ExportError, InputError
 from edadm_compile.evaluate.compare import compare_noise
-from edadm_compile.frontend import Source, load_source, read_conditions
+from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import Program, Signature
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.runtime.artifact import Artifact, read, write_atomically
@@ -174,7 +174,7 @@ def _check(
         source = load_source(reference, load_options(options, loaded.lowered.sampler))
         if [s.shape for s in source.signature.inputs] != [s.shape for s in loaded.lowered.signature.inputs]:
             raise InputError("--reference takes other inputs than the model that was compiled")
-    pool = _conditions(loaded.lowered.signature, source, options.get("conditions"))
+    pool = _conditions(loaded.lowered.signature, source, options)
     inputs = states(loaded.lowered, engine, pool, one_time=one_time)
     result = Check(exported, loaded.lowered, inputs).run()
     if source is not None:
@@ -182,9 +182,9 @@ def _check(
     return result
 
 
-def _conditions(signature: Signature, source: Source | None, file: Path | None) -> dict[str, Tensor]:
+def _conditions(signature: Signature, source: Source | None, options: dict[str, Any]) -> dict[str, Tensor]:
     """Values [N, ...] of conditions by name: the user's, else standard normal ones, which exercise a graph as well."""
-    given = source.conditions if source is not None else read_conditions(file)
+    given = source.conditions if source is not None else condition_options(options, None, signature).conditions
     generator = torch.Generator().manual_seed(0)
     drawn = {
         spec.name: torch.randn((_IMAGES, *spec.shape), generator=generator)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from edadm_compile.errors import InputError
-from edadm_compile.frontend import GuidanceOptions, LoadOptions
-from edadm_compile.ir.program import SamplerSpec
+from edadm_compile.errors import InputError, did_you_mean
+from edadm_compile.frontend import Encoded, GuidanceOptions, LoadOptions, gather
+from edadm_compile.ir.program import SamplerSpec, Signature
 
 
 def load_options(options: dict[str, Any], known_sampler: SamplerSpec | None = None) -> LoadOptions:
@@ -23,8 +24,33 @@ def load_options(options: dict[str, Any], known_sampler: SamplerSpec | None = No
         conditions=options.get("conditions"),
         factory=options.get("factory"),
         trust_pickle=bool(options.get("trust_pickle")),
+        prompts=options.get("prompts"),
+        pipeline=options.get("pipeline"),
+        original_config=options.get("original_config"),
         known_sampler=known_sampler,
     )
+
+
+def condition_options(options: dict[str, Any], place: Path | None, signature: Signature) -> Encoded:
+    """Condition tensors of ``--cond`` and ``--prompts`` for a model with this signature.
+
+    Args:
+        place: a model file or folder where the text encoders may be, without ``--pipeline``.
+
+    Raises:
+        InputError: files that cannot be used, or a condition that the model does not take.
+    """
+    height, width = signature.inputs[0].shape[1:]
+    tensors, prompts = options.get("conditions"), options.get("prompts")
+    text = gather(tensors, prompts, options.get("pipeline") or place, (height, width))
+    names = [spec.name for spec in signature.conditions]
+    if unknown := sorted(set(text.conditions) - set(names)):
+        given = f"--cond {tensors}" if prompts is None else f"--prompts {prompts}"
+        near = did_you_mean(unknown[0], names)
+        raise InputError(
+            f"{given}: {unknown[0]!r} is no condition of the model; it takes {', '.join(names) or 'none'}{near}"
+        )
+    return text
 
 
 def guidance_options(options: dict[str, Any]) -> GuidanceOptions:

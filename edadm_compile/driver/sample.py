@@ -14,11 +14,11 @@ from torch import Tensor
 from edadm_compile.calibration.guidance import labels_in_turn
 from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler, timesteps
 from edadm_compile.calibration.sampler import sample as run_sampler
-from edadm_compile.driver.options import guidance_options, load_options
+from edadm_compile.driver.options import condition_options, guidance_options, load_options
 from edadm_compile.driver.outputs import check_writable
-from edadm_compile.errors import InputError, did_you_mean
+from edadm_compile.errors import InputError
 from edadm_compile.evaluate.metrics import psnr
-from edadm_compile.frontend import guided_sampler, load_source, read_conditions
+from edadm_compile.frontend import Decoder, Encoded, find_autoencoder, guided_sampler, load_source
 from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.base import Progress, Silent
@@ -37,6 +37,8 @@ def run(
     label: int | None,
     seed: int,
     engine: str | None = None,
+    decode: bool = False,
+    vae: Path | None = None,
     progress: Progress | None = None,
     world: World | None = None,
     **options: Any,
@@ -45,6 +47,7 @@ def run(
 
     Args:
         engine: as in `edadm_compile.load`.
+        decode, vae: turn latents into images with an autoencoder, found in a pipeline folder or given.
         progress: receives stages and steps.
         world: processes that share the images; the first one writes.
 
@@ -58,18 +61,23 @@ def run(
     if world.leads:
         check_writable(output)
     model = load(artifact, engine=engine)
-    spec = chosen_sampler(model, options)
-    noise, conditions = inputs(model, spec, count, seed, label, options.get("conditions"))
+    place = options.get("pipeline") or reference
+    decoder = Decoder(vae or find_autoencoder(place)) if decode or vae is not None else None
+    text = condition_options(options, place, model.signature)
+    spec = chosen_sampler(model, options, text.null)
+    noise, conditions = inputs(model, spec, count, seed, label, text, in_turn=options.get("prompts") is not None)
     progress = progress or Silent()
     progress.stage("sampling", _calls(spec, count))
     images = generate(spec, divided(model.predict, world), noise, conditions, seed, progress)
+    images = images if decoder is None else decoder(images)
     result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name,
                               "scheduler": spec.scheduler["_class_name"], "guidance": spec.guidance}  # fmt: skip
     rows = [images]
     if reference is not None:
-        source = load_source(reference, load_options(options, spec))
+        source = load_source(reference, dataclasses.replace(load_options(options, spec), known_conditions=text))
         progress.stage("float model", _calls(spec, count))
         originals = generate(spec, divided(source.denoiser(), world), noise, conditions, seed, progress)
+        originals = originals if decoder is None else decoder(originals)
         values = psnr(originals, images)
         result["psnr_db"] = {
             "median": float(values.median()),
@@ -82,43 +90,56 @@ def run(
             "the file was calibrated without guidance: its quantizers have not seen the unconditional branch"
         )
     if world.leads:
-        write_grid(rows, output, columns_for(model.signature, spec, count))
+        zoom = {} if decoder is None else {"zoom": 1}
+        write_grid(rows, output, columns_for(model.signature, spec, count), **zoom)
     return result
 
 
 def inputs(
-    model: CompiledModel, sampler: SamplerSpec, count: int, seed: int, label: int | None, pool: Path | None
+    model: CompiledModel,
+    sampler: SamplerSpec,
+    count: int,
+    seed: int,
+    label: int | None,
+    text: Encoded,
+    *,
+    in_turn: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Noise and conditions for `count` images; labels in turn unless one is asked for."""
+    """Noise and conditions for `count` images; labels in turn unless one is asked for.
+
+    Args:
+        text: the user's condition tensors.
+        in_turn: image i has row i of them (and so on from the first), in place of one drawn at random.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = draw_noise(model.signature, count, generator)
-    tensors = read_conditions(pool)
-    names = [spec.name for spec in model.signature.conditions]
-    if unknown := sorted(set(tensors) - set(names)):
-        near = did_you_mean(unknown[0], names)
-        raise InputError(
-            f"--cond {pool}: {unknown[0]!r} is no condition of the model; it takes {', '.join(names) or 'none'}{near}"
-        )
+    tensors = text.conditions
     conditions = draw_conditions(model.signature, count, generator, tensors, sampler.null)
     if label is not None and not any(
         s.num_classes is not None and s.name not in tensors for s in model.signature.conditions
     ):
         raise InputError("--label: the model takes no class label that is drawn here")
     for index, spec in enumerate(model.signature.conditions):
+        if in_turn and spec.name in tensors:
+            given = tensors[spec.name]
+            conditions[index] = given[torch.arange(count) % len(given)].to(spec.dtype)
         if spec.num_classes is not None and spec.name not in tensors:
             if label is not None and not 0 <= label < spec.num_classes:
                 raise InputError(f"--label: got {label}, allowed 0 to {spec.num_classes - 1}")
             null = sampler.null[index] if sampler.null else None
-            in_turn = labels_in_turn(count, spec.num_classes, null)
-            conditions[index] = in_turn if label is None else torch.full((count,), label)
+            labels = labels_in_turn(count, spec.num_classes, null)
+            conditions[index] = labels if label is None else torch.full((count,), label)
     return noise, conditions
 
 
-def chosen_sampler(model: CompiledModel, options: dict[str, Any]) -> SamplerSpec:
+def chosen_sampler(
+    model: CompiledModel, options: dict[str, Any], empty: dict[str, Tensor] | None = None
+) -> SamplerSpec:
     """The sampler the model was compiled for, unless another is asked for (its timesteps then miss the tables).
 
     Args:
         options: scheduler, steps, eta, guidance, null_label and uncond of the command line, None where not given.
+        empty: rows of the unconditional branch for options that give none.
 
     Raises:
         InputError: a sampler that cannot be made, or guidance without an unconditional branch.
@@ -130,7 +151,7 @@ def chosen_sampler(model: CompiledModel, options: dict[str, Any]) -> SamplerSpec
     spec = dataclasses.replace(
         spec, steps=spec.steps if steps is None else steps, eta=spec.eta if eta is None else eta
     )  # fmt: skip
-    spec = guided_sampler(spec, model.signature, guidance_options(options))
+    spec = guided_sampler(spec, model.signature, guidance_options(options), empty=empty)
     make_scheduler(spec)  # refuse a bad one before the float model is loaded
     return spec
 

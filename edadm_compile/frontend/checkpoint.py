@@ -16,18 +16,21 @@ loads with ``torch.load(..., weights_only=True)``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from edadm_compile.errors import InputError
+from edadm_compile.frontend.added_conditions import takes_added_conditions
+from edadm_compile.frontend.prompts import Encoded
 from edadm_compile.frontend.source import Source, source_from_module
 from edadm_compile.ir.program import SamplerSpec
 
 FORMAT = "edadm_compile.checkpoint/1"
 #: diffusers classes a checkpoint or folder may name.
-MODEL_CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+MODEL_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 
 
 def is_checkpoint(value: Any) -> bool:
@@ -40,10 +43,13 @@ def load(
     path: Path,
     sampler: Callable[[dict[str, Any] | None, int | None], SamplerSpec],
     shape: tuple[int, int, int] | None,
-    pool: dict[str, Tensor],
+    conditions: Callable[[dict[str, Any]], Encoded],
     origin: dict[str, Any],
 ) -> Source:
     """Build the source a checkpoint dictionary describes.
+
+    Args:
+        conditions: condition tensors, given the model's configuration.
 
     Raises:
         InputError: a missing or wrong entry.
@@ -56,10 +62,11 @@ def load(
         raise InputError(f"{path}: checkpoint has no dictionary {missing[0]!r}")
     if not isinstance(value["model"].get("config") or {}, dict):
         raise InputError(f"{path}: checkpoint's model has no dictionary 'config'")
-    model = build(str(value["model"].get("class_name")), dict(value["model"].get("config") or {}), str(path))
+    config = dict(value["model"].get("config") or {})
+    model = build(str(value["model"].get("class_name")), config, str(path))
     load_weights(model, value["state_dict"], str(path))
     steps = (value.get("sampler") or {}).get("steps")
-    return diffusers_source(model, sampler(value.get("scheduler"), steps), shape, pool, origin)
+    return diffusers_source(model, sampler(value.get("scheduler"), steps), shape, conditions(config), origin)
 
 
 def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
@@ -109,18 +116,24 @@ def diffusers_source(
     model: nn.Module,
     sampler: SamplerSpec,
     shape: tuple[int, int, int] | None,
-    pool: dict[str, Tensor],
+    text: Encoded,
     origin: dict[str, Any],
 ) -> Source:
-    """A source for a diffusers UNet: labels are drawn at random, other conditions come from the user's tensors."""
-    classes = getattr(model.config, "num_class_embeds", None)
+    """A source for a diffusers UNet: labels are drawn at random, other conditions come from the user's tensors or prompts."""
+    pool = text.conditions
+    classes: Any = getattr(model.config, "num_class_embeds", None)
+    if type(model).__name__ == "DiTTransformer2DModel":
+        classes = getattr(model.config, "num_embeds_ada_norm", None)
+        model.null_label = classes  # its table of embeddings ends with one for "no class"
     labelled = {} if classes is None or "class_labels" in pool else {"class_labels": int(classes)}
     if "encoder_hidden_states" not in pool and type(model).__name__ == "UNet2DConditionModel":
         width = getattr(model.config, "cross_attention_dim", "D")
+        added = ", 'text_embeds' [N, D] and 'time_ids' [N, 6]" if takes_added_conditions(model) else ""
         raise InputError(
-            f"UNet2DConditionModel needs text conditions: give calibration values with --cond FILE.safetensors holding "
-            f"'encoder_hidden_states' [N, tokens, {width}]"
+            f"UNet2DConditionModel needs text conditions: give calibration prompts with --prompts FILE (and --pipeline FOLDER for "
+            f"the text encoder), or encoded ones with --cond FILE.safetensors holding 'encoder_hidden_states' [N, tokens, {width}]{added}"
         )
-    return source_from_module(
+    source = source_from_module(
         model, sampler, shape=shape, conditions=pool, num_classes=labelled, fixed={"return_dict": False}, origin=origin
     )  # fmt: skip
+    return replace(source, null=text.null)

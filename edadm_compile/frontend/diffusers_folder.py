@@ -13,6 +13,7 @@ from torch import Tensor
 from edadm_compile.calibration.sampler import read_scheduler
 from edadm_compile.errors import InputError
 from edadm_compile.frontend import checkpoint
+from edadm_compile.frontend.prompts import Encoded
 from edadm_compile.frontend.source import Source
 from edadm_compile.ir.program import SamplerSpec
 
@@ -23,14 +24,18 @@ def load(
     folder: Path,
     sampler: Callable[[dict[str, Any] | None], SamplerSpec],
     shape: tuple[int, int, int] | None,
-    pool: dict[str, Tensor],
+    conditions: Callable[[dict[str, Any]], Encoded],
 ) -> Source:
-    """Load a model folder, or the ``unet`` folder of a pipeline folder.
+    """Load a model folder, or the ``unet`` (or ``transformer``) folder of a pipeline folder.
+
+    Args:
+        conditions: condition tensors, given the model's configuration.
 
     Raises:
         InputError: no configuration, no safetensors weights, or a class that is not a UNet.
     """
-    model_dir = folder if (folder / "config.json").exists() else folder / "unet"
+    places = (folder, folder / "unet", folder / "transformer")
+    model_dir = next((p for p in places if (p / "config.json").exists()), folder)
     config_file = model_dir / "config.json"
     if not config_file.exists():
         raise InputError(f"{folder} is not a diffusers model: neither config.json nor unet/config.json is there")
@@ -59,7 +64,7 @@ def load(
                 digest.update(block)
     checkpoint.load_weights(model, state, str(model_dir))
     origin = {"file": folder.name, "sha256": digest.hexdigest()}
-    return checkpoint.diffusers_source(model, spec, shape, pool, origin)
+    return checkpoint.diffusers_source(model, spec, shape, conditions(config), origin)
 
 
 def _weight_files(folder: Path) -> list[Path]:

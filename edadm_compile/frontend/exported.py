@@ -45,7 +45,7 @@ def load(path: Path, sampler: SamplerSpec, pool: dict[str, Tensor], origin: dict
             f'{path} takes whole timesteps, and the scheduler gives {fractional:g}; set its "timestep_spacing" to "leading" or '
             '"trailing", or export the program with float timesteps'
         )
-    return Source(signature, sampler, None, program, {}, pool, origin)
+    return Source(signature, sampler, None, program, {}, pool, origin=origin)
 
 
 def _signature(program: ExportedProgram, path: Path, pool: dict[str, Tensor]) -> Signature:

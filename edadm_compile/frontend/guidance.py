@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,12 +35,17 @@ class GuidanceOptions:
 
 
 def guided_sampler(
-    sampler: SamplerSpec, signature: Signature, options: GuidanceOptions, model: nn.Module | None = None
+    sampler: SamplerSpec,
+    signature: Signature,
+    options: GuidanceOptions,
+    model: nn.Module | None = None,
+    empty: Mapping[str, Tensor] | None = None,
 ) -> SamplerSpec:
     """The sampler with a scale and an unconditional branch.
 
     Args:
         model: where a null label may be looked up that the options do not give.
+        empty: rows [1, ...] of the unconditional branch by name, for options that do not give one: the empty prompt's.
 
     Raises:
         InputError: options that contradict each other or the model, or a scale without an unconditional branch.
@@ -55,11 +60,16 @@ def guided_sampler(
         raise InputError(f"--guidance: got {scale:g}, allowed is a finite scale of 0 or more; 1 is no guidance")
     if not signature.conditions:
         raise InputError(f"--guidance {scale:g}: the model takes no condition, there is nothing to be guided by")
-    null = _null(signature, options, model) if given else sampler.null or _conventional(signature, model)
+    if given:
+        null = _null(signature, options, model)
+    elif empty:
+        null = tuple(empty[s.name][0].to(s.dtype) if s.name in empty else None for s in signature.conditions)
+    else:
+        null = sampler.null or _conventional(signature, model)
     if scale != 1 and not null:
         raise InputError(
             f'--guidance {scale:g} needs the unconditional branch: give --null-label K (or "last") for class labels, '
-            f"--uncond FILE.safetensors or --uncond zeros for other conditions; the model takes {_names(signature)}"
+            f"--uncond FILE.safetensors or --uncond zeros for other conditions (--prompts brings the empty prompt); the model takes {_names(signature)}"
         )
     if any(
         row is not None and s.num_classes == 1 and not row.any()

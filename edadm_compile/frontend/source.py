@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from edadm_compile.calibration.schedulers import fractional_timestep
 from edadm_compile.errors import InputError
+from edadm_compile.frontend.added_conditions import with_flat_conditions
 from edadm_compile.frontend.guidance import GuidanceOptions, check_null, guided_sampler
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from edadm_compile.ir.timesteps import as_timesteps
@@ -31,6 +32,7 @@ class Source:
         exported: an exported program, or None when capture starts from `module`.
         fixed: keyword arguments passed unchanged on every call.
         conditions: the user's condition tensors by name, rows to draw calibration conditions from.
+        null: rows [1, ...] of the unconditional branch, where they came with the conditions (those of the empty prompt).
         origin: file name, hash and class, for the artifact.
     """
 
@@ -40,6 +42,7 @@ class Source:
     exported: ExportedProgram | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, Tensor] = field(default_factory=dict)
+    null: dict[str, Tensor] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
 
     def export(self) -> tuple[ExportedProgram, Signature]:
@@ -71,7 +74,7 @@ class Source:
         Raises:
             InputError: contradicting or missing options, or a null condition that the model does not take.
         """
-        sampler = guided_sampler(self.sampler, self.signature, options, self.module)
+        sampler = guided_sampler(self.sampler, self.signature, options, self.module, self.null)
         source = replace(self, sampler=sampler)
         if sampler.null:
             check_null(source.denoiser(), self.signature, sampler)
@@ -127,11 +130,12 @@ def source_from_module(
     Raises:
         InputError: something that cannot be inferred was not given.
     """
-    module = module.float().eval().requires_grad_(False)
+    module = with_flat_conditions(module.float().eval().requires_grad_(False))
     conditions, num_classes = conditions or {}, num_classes or {}
     names = _parameters(module, set(conditions) | set(num_classes), set(fixed or {}))
     shape = shape or _infer_shape(module)
-    output = "sample" if hasattr(module, "config") and type(module).__module__.startswith("diffusers.") else "tensor"
+    of_diffusers = any(cls.__module__.startswith("diffusers.models.") for cls in type(module).__mro__)
+    output = "sample" if hasattr(module, "config") and of_diffusers else "tensor"
     inputs = [InputSpec(names[0], shape, torch.float32, "x"), InputSpec(names[1], (), torch.int64, "t")]
     for name in names[2:]:
         if name in num_classes:
@@ -141,7 +145,7 @@ def source_from_module(
             inputs.append(InputSpec(name, tuple(value.shape[1:]), value.dtype, "cond"))
     inputs[1] = _timestep_spec(module, inputs, fixed or {}, fractional_timestep(sampler))
     signature = Signature(tuple(inputs), output, max_batch=1, source=type(module).__name__)
-    source = Source(signature, sampler, module, None, fixed or {}, conditions, origin or {})
+    source = Source(signature, sampler, module, None, fixed or {}, conditions, origin=origin or {})
     return source if guidance is None else source.guided(guidance)
 
 

@@ -79,7 +79,7 @@ def to_bytes(artifact: Artifact) -> bytes:
         "time": None if time is None else _time_json(time, tensors),
         "device": None if artifact.device is None else device_code.store(artifact.device, tensors),
     }
-    stored = {name: _shrink(value) for name, value in sorted(tensors.items())}
+    stored = _apart({name: _shrink(value) for name, value in sorted(tensors.items())})
     widened = [name for name in stored if stored[name].dtype != tensors[name].dtype]
     manifest["tensors"] = {"sha256": digest(stored), "float32_stored_as_float16": widened}
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -87,6 +87,16 @@ def to_bytes(artifact: Artifact) -> bytes:
     checked = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
     data: bytes = save(stored, metadata={_KEY: checked})
     return data
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without common memory, which safetensors refuses: a layer that is used twice has its constants twice."""
+    apart, seen = {}, set()
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return apart
 
 
 def write(artifact: Artifact, path: Path) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -81,6 +82,18 @@ class CompiledModel(nn.Module):
         """Where predictions come from."""
         return torch.device(getattr(self.engine, "device", "cpu"))
 
+    @property
+    def add_embedding(self) -> SimpleNamespace:
+        """Width of SDXL's added conditions, where its pipeline looks for it: ``add_embedding.linear_1.in_features``.
+
+        Raises:
+            AttributeError: the source model has no added conditions.
+        """
+        width = self.config.get("projection_class_embeddings_input_dim")
+        if width is None:
+            raise AttributeError("the source model has no added conditions")
+        return SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
     def __repr__(self) -> str:
         inputs = ", ".join(f"{s.name} {['B', *s.shape]}".replace("'", "") for s in self.signature.inputs)
         return f"CompiledModel({self.signature.source}, {self._widths()}, {self.engine_name} engine, inputs {inputs})"
@@ -106,16 +119,21 @@ class CompiledModel(nn.Module):
         """Predict the noise.
 
         Args:
-            args, kwargs: the source's inputs by position or name: x [B, C, H, W], timestep (number, 0-d or [B]), conditions.
+            args, kwargs: the source's inputs by position or name: x [B, C, H, W], timestep (number, 0-d or [B]), conditions;
+                those in a dictionary (diffusers' ``added_cond_kwargs``) by their names in it.
             return_dict: for models with an output object: return it (True) or a tuple (False).
 
         Returns:
-            What the source returns: a tensor, or an object with ``.sample``.
+            What the source returns: a tensor, or an object with ``.sample``; float16 or bfloat16 where x is, so that the
+            rest of a pipeline can be of that type.
 
         Raises:
             InputError: a missing, unknown or wrongly shaped input.
         """
         result = self.engine(*self._bind(args, kwargs))
+        x = args[0] if args else kwargs.get(self.signature.inputs[0].name)
+        if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
+            result = result.to(x.dtype)
         if self.signature.output == "tensor":
             return result
         return UNetOutput(result) if return_dict else (result,)
@@ -130,7 +148,7 @@ class CompiledModel(nn.Module):
         if len(args) > len(specs):
             raise InputError(f"got {len(args)} positional inputs, the model takes {len(specs)}: {', '.join(names)}")
         given = dict(zip(names, args, strict=False))
-        for name, value in kwargs.items():
+        for name, value in _flat(kwargs, names):
             if name not in names and value is not None:
                 raise InputError(f"input {name!r} was not compiled in; the model takes {', '.join(names)}")
             if name in given:
@@ -146,6 +164,15 @@ class CompiledModel(nn.Module):
                 f"input {names[0]!r}: got shape {list(shape)}, expected {['B', *specs[0].shape]} with B at least 1"
             )
         return [_conform(spec, values[spec.name], shape[0]) for spec in specs]
+
+
+def _flat(kwargs: dict[str, Any], names: list[str]) -> Iterator[tuple[str, Any]]:
+    """Keyword arguments, and the entries of those that are dictionaries of inputs."""
+    for name, value in kwargs.items():
+        if name not in names and isinstance(value, Mapping):
+            yield from ((k if k in names else f"{name}.{k}", v) for k, v in value.items())
+        else:
+            yield name, value
 
 
 def _tensor(name: str, value: Any) -> Tensor:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 #: Options with which a result depends on more than the model file and the command line, or prints more than a summary.
-_OTHER_FILES = {"--config", "--cond", "--uncond", "--factory", "--scheduler", "--dump-graphs", "--json"}
+_OTHER_FILES = {"--config", "--cond", "--uncond", "--factory", "--scheduler", "--dump-graphs", "--json",
+                "--prompts", "--pipeline", "--original-config"}  # fmt: skip
 
 
 def compiled(arguments: list[str], run: Callable[[], None]) -> None:
