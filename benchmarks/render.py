@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "benchmarks" / "results" / "cpu-2core" / "digits_quality.json"
 CIFAR10 = ROOT / "benchmarks" / "results" / "cpu-2core" / "onnxruntime_cifar10.json"
 METHODS = ROOT / "benchmarks" / "results" / "cpu-2core" / "methods.json"
+ABLATIONS = ROOT / "benchmarks" / "results" / "cpu-2core" / "ablations.json"
 KERNELS = ROOT / "benchmarks" / "results" / "h200" / "kernel_targets.json"
 _WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4")
 _TITLES = {
@@ -136,6 +137,50 @@ def methods_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_PARTS = {
+    "neither": "uniform timesteps, block losses",
+    "TDAC": "TDAC, block losses",
+    "FBR": "uniform timesteps, block and layer losses (FBR)",
+    "both": "TDAC, block and layer losses (the default)",
+    "density alone": "density alone, block losses",
+    "diversity alone": "diversity alone, block losses",
+    "layer losses alone": "default with layer losses alone",
+    "QDrop": "default with QDrop 0.5",
+    "regulariser": "default with AdaRound's regulariser",
+    "no split": "default without split scales",
+    "no mean correction": "default without mean correction",
+}
+
+
+def ablations_table(results: dict[str, Any]) -> str:
+    """What the parts of the default method are worth as Markdown."""
+    budget, cells = results["budget"], list(results["cells"].values())
+    lines = [
+        f"The default method with parts of it taken away or put in, W4A8, digits example, {budget['iters']} reconstruction steps, {budget['samples']} calibration samples;",
+        "mean of three seeds and, in brackets, the largest less the smallest",
+        f"([cells]({ABLATIONS.relative_to(ROOT)}), made by `benchmarks/quality/methods.py --ablations --widths w4a8`).",
+        "",
+        "| | noise SQNR, dB | without the last step | last step | image PSNR, median dB | Fréchet to float |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, title in _PARTS.items():
+        found = [c for c in cells if c["method"] == name]
+        if found:
+            lines.append(f"| {title} | {' | '.join(_spread(found, k, d) for k, d in _PART_FIGURES)} |")
+    return "\n".join(lines)
+
+
+_PART_FIGURES = (
+    ("sqnr_db", 2), ("sqnr_without_last_step_db", 2), ("worst_step_db", 2), ("psnr_median_db", 1), ("frechet_to_float", 4),
+)  # fmt: skip
+
+
+def _spread(cells: list[dict[str, Any]], figure: str, digits: int) -> str:
+    """Mean and range of one figure."""
+    values = [cell[figure] for cell in cells]
+    return f"{sum(values) / len(values):.{digits}f} ({max(values) - min(values):.{digits}f})"
+
+
 def kernels_table(results: dict[str, Any]) -> str:
     """Kernels on a GPU as Markdown."""
     machine, peak = results["machine"], results["ceilings"]["int8_operations_per_second"]
@@ -167,6 +212,7 @@ def rendered(text: str) -> str:
     sections = {
         "results": f"{digits_table(quality)}\n\n{onnx_table(quality)}",
         "methods": methods_table(json.loads(METHODS.read_text())),
+        "ablations": ablations_table(json.loads(ABLATIONS.read_text())),
         "speed": speed_table(json.loads(CIFAR10.read_text())),
         "kernels": kernels_table(json.loads(KERNELS.read_text())),
     }

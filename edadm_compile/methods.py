@@ -33,6 +33,8 @@ class Method:
         phases: passes of reconstruction over the network, by what each trains: "weights", "scales", or "joint" for
             both; none for round to nearest.
         block_loss_weight, layer_loss_weight: of the unit's output and of its inner layers.
+        local_layer_losses: the loss of an inner layer trains the roundings of that layer alone; otherwise, as released,
+            everything in front of it, activation scales too. Without block loss always the latter.
         normalised: every loss is divided by the energy of its target; otherwise sums over the second dimension, as
             released.
         qdrop: probability that an activation stays unquantized while training.
@@ -49,6 +51,7 @@ class Method:
     phases: tuple[str, ...] = ("joint",)
     block_loss_weight: float = 1.0
     layer_loss_weight: float = 1.0
+    local_layer_losses: bool = True
     normalised: bool = True
     qdrop: float = 0.0
     rounding_weight: float = 0.0
@@ -62,7 +65,7 @@ METHODS: dict[str, Method] = {
     # arXiv 2401.04585 as released: symmetric, joint, QDrop, unnormalised layer losses, no regulariser.
     "eda-dm": Method(
         ranges="l2.4", symmetric=True, time_tables=False, edges=False, mean_correction=False, layer_loss_weight=0.8,
-        normalised=False, qdrop=0.5,
+        local_layer_losses=False, normalised=False, qdrop=0.5,
     ),
     # arXiv 2302.04304: uniform timesteps, split shortcuts, AdaRound with its regulariser, then step sizes.
     "q-diffusion": replace(

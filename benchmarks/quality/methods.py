@@ -42,19 +42,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours, strict": {"uniform": True},
     "ours": {},
 }
-#: What TDAC and the layer losses (FBR) are worth, alone and together, on our method with strict widths.
+#: What the parts of our method are worth: TDAC and the layer losses (FBR) alone and together, then one switch each.
+#: With the widths of the default, or the strict ones (``--uniform``).
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "neither": {"uniform": True, "selection": "uniform", "loss": "block"},
-    "TDAC": {"uniform": True, "loss": "block"},
-    "FBR": {"uniform": True, "selection": "uniform"},
-    "both": {"uniform": True},
-    "density alone": {"uniform": True, "selection": "density", "loss": "block"},
-    "diversity alone": {"uniform": True, "selection": "diversity", "loss": "block"},
-    "layer losses alone": {"uniform": True, "loss": "layer"},
-    "QDrop": {"uniform": True, "qdrop": 0.5},
-    "regulariser": {"uniform": True, "rounding_weight": 0.01},
-    "no split": {"uniform": True, "split": False},
-    "no mean correction": {"uniform": True, "mean_correction": False},
+    "neither": {"selection": "uniform", "loss": "block"},
+    "TDAC": {"loss": "block"},
+    "FBR": {"selection": "uniform"},
+    "both": {},
+    "density alone": {"selection": "density", "loss": "block"},
+    "diversity alone": {"selection": "diversity", "loss": "block"},
+    "layer losses alone": {"loss": "layer"},
+    "QDrop": {"qdrop": 0.5},
+    "regulariser": {"rounding_weight": 0.01},
+    "no split": {"split": False},
+    "no mean correction": {"mean_correction": False},
 }
 #: Settings without an option on the command line.
 _FILE_ONLY = ("mean_correction", "rounding_weight")
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="path without suffix")
     parser.add_argument("--ablations", action="store_true", help="what the parts of our method are worth instead")
+    parser.add_argument("--uniform", action="store_true", help="strict widths for every row")
     parser.add_argument("--widths", default=",".join(WIDTHS))
     parser.add_argument("--only", help="methods, comma-separated")
     parser.add_argument("--seeds", type=int, default=3)
@@ -187,11 +189,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     args = parser.parse_args(argv)
     table = ABLATIONS if args.ablations else METHODS
+    if args.uniform:
+        table = {name: {**settings, "uniform": True} for name, settings in table.items()}
     names = args.only.split(",") if args.only else list(table)
     if unknown := [n for n in names if n not in table]:
         parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(table)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     budget = {name: getattr(args, name) for name in ("iters", "samples", "n", "trajectories")}
+    if args.uniform:
+        budget["uniform"] = True
     result: dict[str, Any] = {"machine": machine(), "budget": budget, "cells": {}}
     if args.out.with_suffix(".json").exists():
         before = json.loads(args.out.with_suffix(".json").read_text())

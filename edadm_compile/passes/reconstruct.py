@@ -14,6 +14,7 @@ from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.layer_taps import run_tapped
 from edadm_compile.passes.phase import Phase, Trained
 from edadm_compile.passes.records import learned_state
 from edadm_compile.passes.streams import Streams, switched_off
@@ -30,7 +31,8 @@ class Reconstruct:
     1. unit with round-to-nearest codes and searched scales → learned codes and scales that minimise
        ``L = |y - y*|² / |y*|² + lambda * sum_j |o_j - o_j*|² / |o_j*|²``
 
-    y is the unit's output, o_j the outputs of its inner layers, * the float model's. Inputs are those the already
+    y is the unit's output, o_j the outputs of its inner layers, * the float model's. The loss of an inner layer trains
+    that layer's roundings alone (`local_layer_losses`); activation scales follow the unit's output. Inputs are those the already
     quantized prefix produces. The float and the quantized model advance through the graph together, unit by unit,
     so no prefix is ever computed twice.
     """
@@ -78,7 +80,8 @@ class UnitTrainer:
         self.float_in = {n: streams.float_values[n] for n in self.inputs}
         self.quant_in = {n: streams.quant_values[n] for n in self.inputs}
         self.watched = [n for n in unit.layers if n is not unit.output]
-        if self.method.layer_loss_weight == 0:
+        self.local = self.method.local_layer_losses and self.method.block_loss_weight > 0
+        if self.method.layer_loss_weight == 0 or (self.local and phase == "scales"):
             self.watched = []
         self.streams = streams
         stored = getattr(torch, self.config.target_dtype)
@@ -164,11 +167,11 @@ class UnitTrainer:
 
     def loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
-        run_nodes(self.program.graph_module, self.closure, values)
+        taps = run_tapped(self.program.graph_module, self.closure, values, self.watched if self.local else ())
         targets = self._sampled(rows)
         loss = self.method.block_loss_weight * self._error(self.unit.output, values, targets)
         for node in self.watched:
-            loss = loss + self.method.layer_loss_weight * self._error(node, values, targets)
+            loss = loss + self.method.layer_loss_weight * self._error(node, values | taps, targets)
         return loss
 
     def _error(self, node: fx.Node, values: dict[fx.Node, Any], targets: dict[fx.Node, Tensor]) -> Tensor:
