@@ -128,7 +128,7 @@ def retarget(path: Path, output: Path, options: DeviceOptions, progress: Progres
     Raises:
         EdadmError: an unreadable file, or code that cannot be made. `output` is written whole or not at all.
     """
-    artifact = read(path)
+    artifact = read(path, device_code=False)  # the old code is replaced unread
     if options.targets:
         check_has_form(artifact)
     bundle = build(artifact.lowered, options, progress or Silent())

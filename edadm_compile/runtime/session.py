@@ -15,6 +15,7 @@ from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.runtime.artifact import Artifact, read
 from edadm_compile.runtime.engines import Engine, make_engine
+from edadm_compile.runtime.limits import DEFAULT, Limits
 
 
 @dataclass
@@ -143,7 +144,9 @@ def _conform(spec: InputSpec, value: Tensor, batch: int) -> Tensor:
     return result.contiguous()
 
 
-def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> CompiledModel:
+def load(
+    path: str | Path, device: str = "cpu", engine: str | None = None, limits: Limits = DEFAULT
+) -> CompiledModel:
     """Load a ``.qmod`` file.
 
     Args:
@@ -151,6 +154,7 @@ def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> Co
         device: "cpu", or "cuda" for the compiled kernels in the file.
         engine: "onnxruntime" (fast) or "reference" (pure torch, defines what is right) on the CPU, or "cuda"; by default
             the first of these that the device has.
+        limits: what the file may ask for, such as memory; the defaults are far above any model.
 
     Raises:
         ArtifactError: the file cannot be trusted or understood.
@@ -158,7 +162,7 @@ def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> Co
         TargetError: no GPU here, no code for it in the file, or ONNX Runtime is not installed.
         ExportError: the program has no ONNX form (with ``engine="onnxruntime"``).
     """
-    return from_artifact(read(Path(path)), device, engine)
+    return from_artifact(read(Path(path), limits, device_code=device != "cpu"), device, engine)
 
 
 def from_artifact(artifact: Artifact, device: str = "cpu", engine: str | None = None) -> CompiledModel:
