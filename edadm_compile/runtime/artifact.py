@@ -134,6 +134,7 @@ def read(path: Path, limits: Limits = DEFAULT, *, device_code: bool = True) -> A
     try:
         check_manifest(manifest)
         tensors = _Tensors(path, manifest.get("tensors"))
+        device = restore(manifest.get("device"), tensors, limits) if device_code else None
         signature = signature_from_json(manifest["signature"])
         sampler = sampler_from_json(manifest["sampler"], signature, tensors, limits)
         time = time_from_json(manifest["time"], tensors, signature, limits)
@@ -145,7 +146,6 @@ def read(path: Path, limits: Limits = DEFAULT, *, device_code: bool = True) -> A
             verify(program)
             check_program(program, limits)
             programs.append(program)
-        device = restore(manifest.get("device"), tensors, limits) if device_code else None
         if device is not None:
             check_bundle(device, programs[1], limits)
         tensors.check_all_used(device_code)

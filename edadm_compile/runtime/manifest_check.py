@@ -50,8 +50,14 @@ def _table(required: dict[str, Test], optional: dict[str, Test] | None = None) -
 
 
 _CONFIG = _table(
-    {"method": _text, "weight_bits": _integer, "act_bits": _integer, "seed": _integer, "attention": _text},
-    {"deploy": _or_null(_text)},
+    {
+        "method": _text,
+        "weight_bits": _integer,
+        "act_bits": _integer,
+        "seed": _integer,
+        "attention": lambda v: v in ("float", "int8"),
+    },
+    {"deploy": lambda v: v in (None, "onnxruntime")},
 )
 _SOURCE = _table(
     {"class": _text, "parameters": _integer}, {"file": _text, "sha256": _text, "config": lambda v: isinstance(v, dict)}

@@ -256,5 +256,5 @@ def layers_from_json(records: Any) -> list[LayerInfo]:
         raise ArtifactError("layers: expected a list")
     for number, r in enumerate(records):
         if not isinstance(r, dict) or not fields - _NEWER <= set(r) <= fields or not (_is_record(r) and _is_range(r)):
-            raise ArtifactError(f"layers: record {number} is malformed")
+            raise ArtifactError(f"layers: malformed layer record {number}")
     return [LayerInfo(**{**r, **_tuples(r)}) for r in records]

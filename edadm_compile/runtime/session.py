@@ -16,6 +16,7 @@ from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.runtime.artifact import Artifact, read
 from edadm_compile.runtime.engines import Engine, make_engine
 from edadm_compile.runtime.limits import DEFAULT, Limits
+from edadm_compile.runtime.running import running
 
 
 @dataclass
@@ -93,15 +94,20 @@ class CompiledModel(nn.Module):
 
         Raises:
             InputError: a missing, unknown or wrongly shaped input.
+            ArtifactError: the program fails on inputs of the right shapes.
         """
-        result = self.engine(*self._bind(args, kwargs))
+        result = self._run(self._bind(args, kwargs))
         if self.signature.output == "tensor":
             return result
         return UNetOutput(result) if return_dict else (result,)
 
     def predict(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """The prediction as a plain tensor, whatever the source returned."""
-        return self.engine(*self._bind((x, t, *conditions), {}))
+        return self._run(self._bind((x, t, *conditions), {}))
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        with running("the program cannot run"):
+            return self.engine(*inputs)
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         specs = self.signature.inputs
