@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.robustness.qmod_file import Parts, Stored, header_of, put_together
+from benchmarks.robustness.qmod_file import Parts, Stored, header_of, put_together, thawed
 from benchmarks.robustness.values import change, paths, wrong
 
 #: Nodes that would do harm if they ran: memory, time, code.
@@ -27,17 +27,18 @@ _EVIL: tuple[list[Any], ...] = (
 )  # fmt: skip
 
 
-def mutant(parts: Parts, rng: random.Random, operators: Sequence[str]) -> tuple[str, bytes]:
+def mutant(frozen: bytes, rng: random.Random, operators: Sequence[str]) -> tuple[str, bytes]:
     """One mutant: the kind of change, and the bytes of the file.
 
     Args:
+        frozen: a good file's parts.
         operators: names of operators, to exchange them.
     """
     kind = rng.choices([name for name, _, _ in _KINDS], [weight for _, weight, _ in _KINDS])[0]
     changer = next(f for name, _, f in _KINDS if name == kind)
     if changer is None:
-        return kind, _container(parts, rng)
-    changed = parts.fork()
+        return kind, _container(thawed(frozen), rng)
+    changed = thawed(frozen)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         try:
             changer(changed, rng, operators)
@@ -49,7 +50,7 @@ def mutant(parts: Parts, rng: random.Random, operators: Sequence[str]) -> tuple[
 
 def _container(parts: Parts, rng: random.Random) -> bytes:
     """Header fields and bytes of the file itself."""
-    header, body = header_of(parts.fork())
+    header, body = header_of(parts)
     kind = rng.randrange(8)
     if kind < 3:
         header = copy.deepcopy(header)
@@ -128,7 +129,9 @@ def _put(root: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 def _plan(parts: Parts, rng: random.Random, operators: Sequence[str]) -> None:
-    plan = parts.plans[rng.choice(list(parts.plans))]
+    name = rng.choice(list(parts.plans))
+    plan = parts.plans[name]
+    parts.changed.add(name)
     kind = rng.randrange(10)
     launches = plan["launches"]
     launch = rng.choice(launches)
@@ -162,12 +165,14 @@ def _device(parts: Parts, rng: random.Random, _: Sequence[str]) -> None:
     if rng.random() < 0.3:
         other = rng.choice(list(parts.cubins))
         parts.cubins[name], parts.cubins[other] = parts.cubins[other], parts.cubins[name]
+        parts.changed |= {name, other}
         return
     if rng.random() < 0.2:
         image = image[: rng.randrange(len(image))]
     for _ in range(rng.choice((1, 4, 40)) if image else 0):
         image[rng.randrange(min(len(image), rng.choice((64, 4096, 1 << 30))))] = rng.randrange(256)
     parts.cubins[name] = bytes(image)
+    parts.changed.add(name)
 
 
 def _tensor(parts: Parts, rng: random.Random, _: Sequence[str]) -> None:
@@ -199,6 +204,6 @@ def _tensor(parts: Parts, rng: random.Random, _: Sequence[str]) -> None:
 Changer = Callable[[Parts, random.Random, Sequence[str]], None]
 #: Kind, how often, and what changes; None for the bytes of the container.
 _KINDS: tuple[tuple[str, int, Changer | None], ...] = (
-    ("container", 20, None), ("manifest", 18, _manifest), ("program", 24, _program), ("plan", 22, _plan), ("device", 8, _device),
-    ("tensor", 8, _tensor),
+    ("container", 28, None), ("manifest", 10, _manifest), ("program", 26, _program), ("plan", 24, _plan), ("device", 6, _device),
+    ("tensor", 6, _tensor),
 )  # fmt: skip

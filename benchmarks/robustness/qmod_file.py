@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
+import pickle
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _TORCH = {"F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8",
@@ -25,17 +25,26 @@ class Stored:
 
 @dataclass
 class Parts:
-    """What a file consists of; `plans` and `cubins` are inflated, by the names of their tensors."""
+    """What a file consists of; `plans` and `cubins` are inflated, by the names of their tensors.
+
+    `changed` names those of them that are not as their tensors are.
+    """
 
     manifest: dict[str, Any]
     tensors: dict[str, Stored]
     plans: dict[str, Any]
     cubins: dict[str, bytes]
+    changed: set[str] = field(default_factory=set)
 
-    def fork(self) -> Parts:
-        """A copy to be changed."""
-        tensors = {name: Stored(t.dtype, list(t.shape), t.data) for name, t in self.tensors.items()}
-        return Parts(copy.deepcopy(self.manifest), tensors, copy.deepcopy(self.plans), dict(self.cubins))
+    def frozen(self) -> bytes:
+        """For `thawed`: many copies to be changed."""
+        return pickle.dumps(self)
+
+
+def thawed(frozen: bytes) -> Parts:
+    """A copy of what `Parts.frozen` was called on."""
+    found: Parts = pickle.loads(frozen)
+    return found
 
 
 def take_apart(data: bytes) -> Parts:
@@ -56,10 +65,11 @@ def header_of(parts: Parts, sign: bool = True) -> tuple[dict[str, Any], bytes]:
     Args:
         sign: compute the checksums of tensors, kernels and manifest anew.
     """
-    for name, plan in parts.plans.items():
-        _replace(parts, name, zlib.compress(json.dumps(plan).encode("utf-8", "replace"), 1))
-    for name, image in parts.cubins.items():
-        _replace(parts, name, zlib.compress(image, 1))
+    for name in parts.changed:
+        image = json.dumps(parts.plans[name]).encode("utf-8", "replace") if name in parts.plans else parts.cubins[name]
+        if name in parts.tensors:
+            data = zlib.compress(image, 1)
+            parts.tensors[name] = Stored("U8", [len(data)], data)
     if sign:
         _sign(parts)
     text = json.dumps(parts.manifest)
@@ -78,11 +88,6 @@ def put_together(header: Any, body: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + body
-
-
-def _replace(parts: Parts, name: str, data: bytes) -> None:
-    if name in parts.tensors:
-        parts.tensors[name] = Stored("U8", [len(data)], data)
 
 
 def _sign(parts: Parts) -> None:

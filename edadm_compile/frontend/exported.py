@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from edadm_compile.calibration.schedulers import fractional_timestep
 from edadm_compile.errors import InputError
+from edadm_compile.frontend.archive_check import check_archive
 from edadm_compile.frontend.source import Source
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from edadm_compile.passes.capture import MAX_BATCH
@@ -21,24 +22,37 @@ def is_exported_program(path: Path) -> bool:
     """Whether a file is a torch.export archive."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # only the end of it is that of an archive
+        return False
     return any(n.endswith(("archive_format", "serialized_exported_program.json")) for n in names)
 
 
-def load(path: Path, sampler: SamplerSpec, pool: dict[str, Tensor], origin: dict[str, Any]) -> Source:
+def load(
+    path: Path, sampler: SamplerSpec, pool: dict[str, Tensor], origin: dict[str, Any], trusted: bool = False
+) -> Source:
     """Load an archive; shapes, names and batch limits come from the program itself.
 
+    Args:
+        trusted: the archive may hold what can run code (``--trust-pickle``).
+
     Raises:
-        InputError: unreadable, or inputs that are not (x [B, C, H, W], t [B], *conditions [B, ...]).
+        InputError: unreadable, able to run code, or inputs that are not (x [B, C, H, W], t [B], *conditions [B, ...]).
     """
     try:
+        if not trusted:
+            check_archive(path)
         program = torch.export.load(path)
+        signature = _signature(program, path, pool)
+    except InputError:
+        raise
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise InputError(
-            f"{path} is a torch.export archive that this torch {torch.__version__} cannot read: {str(error).splitlines()[0]}"
+            f"{path} is a torch.export archive that this torch {torch.__version__} cannot read: {reason}"
         ) from error
-    signature = _signature(program, path, pool)
     fractional = fractional_timestep(sampler)
     if fractional is not None and not signature.inputs[1].dtype.is_floating_point:
         raise InputError(

@@ -20,6 +20,7 @@ from edadm_compile.frontend import checkpoint, diffusers_folder, exported
 from edadm_compile.frontend.conditions import read_conditions
 from edadm_compile.frontend.guidance import GuidanceOptions
 from edadm_compile.frontend.source import Source, source_from_module
+from edadm_compile.frontend.torch_file_check import check_torch_file
 from edadm_compile.ir.program import SamplerSpec
 
 _DEFAULT_STEPS = 50
@@ -66,12 +67,15 @@ def load_source(path: Path, options: LoadOptions | None = None) -> Source:
 def _load(path: Path, options: LoadOptions) -> Source:
     if not path.exists():
         raise InputError(f"{path} does not exist")
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{path} is neither a file nor a folder")
     pool = read_conditions(options.conditions)
     if path.is_dir():
         return diffusers_folder.load(path, lambda found: _sampler(options, found, None), options.shape, pool)
     origin = {"file": path.name, "sha256": sha256(path)}
     if exported.is_exported_program(path):
-        return exported.load(path, _sampler(options, _scheduler_beside(path), None), pool, origin)
+        sampler = _sampler(options, _scheduler_beside(path), None)
+        return exported.load(path, sampler, pool, origin, trusted=options.trust_pickle)
     if options.factory is not None:
         module = _from_factory(options.factory, path)
         return source_from_module(
@@ -91,7 +95,11 @@ def _load(path: Path, options: LoadOptions) -> Source:
 def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor], origin: dict[str, Any]) -> Source:
     """torch.save files: our checkpoint dictionary, a bare state dict, or a pickled module."""
     try:
+        if not options.trust_pickle:
+            check_torch_file(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:
         if not options.trust_pickle:
             raise InputError(_pickle_message(path, error)) from None
@@ -116,9 +124,12 @@ def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor],
 def _pickle_message(path: Path, error: Exception) -> str:
     foreign = f"{path} is not a model file: neither a torch file, a .pt2 archive nor safetensors"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("data.pkl") for name in archive.namelist()):
-                return foreign
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                    return foreign
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            return f"{path} is a damaged torch file; copy or save it again"
     else:
         with path.open("rb") as stream:
             start = stream.read(2)
@@ -126,7 +137,7 @@ def _pickle_message(path: Path, error: Exception) -> str:
             return f"{path} is a damaged torch file: its end is missing; copy or save it again"
         if not start.startswith(b"\x80"):
             return foreign
-    reason = str(error).split(". ")[0].splitlines()[0][:200]
+    reason = (str(error).split(". ")[0].splitlines() or [type(error).__name__])[0][:200]
     return (
         f"{path} is a pickled Python object, which can run any code when opened ({reason}). Three safe ways: "
         "(1) torch.export.save(torch.export.export(model, (x, t)), 'model.pt2') and compile that; "
@@ -209,7 +220,10 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         except Exception as error:
             raise InputError(f"{path} is not a safetensors file: {error}") from None
     try:
+        check_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(_pickle_message(path, error)) from None
     for key in ("state_dict", "model_state_dict", "model"):
