@@ -63,8 +63,8 @@ def check_fits(
         wanted = {n: tuple(v.shape) for n, v in build().state_dict().items()}
     missing, foreign = [n for n in wanted if n not in shapes], [n for n in shapes if n not in wanted]
     if missing or foreign:
-        kind, name = ("missing", missing[0]) if missing else ("unexpected", foreign[0])
-        raise InputError(f"{where}: weights do not fit the model: {kind} {name[:200]!r}")
+        kind, name = ("Missing", missing[0]) if missing else ("Unexpected", foreign[0])
+        raise InputError(f"{where}: weights do not fit the model: {kind} key {name[:200]!r}")
     other = next((n for n in wanted if wanted[n] != tuple(shapes[n])), None)
     if other is not None:
         raise InputError(

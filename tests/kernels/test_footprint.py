@@ -110,7 +110,7 @@ def test_whatever_numbers_are_accepted_the_kernel_stays_within_reach(name):
     """Random wrong numbers: refused, or harmless."""
     rng, accepted = random.Random(7), 0
     cases = [case for case in CASES if CASES[case][0] == name]
-    for _ in range(250):
+    for _ in range(80):
         launch = launch_of(rng.choice(cases))
         constants, scalars, sizes = dict(launch.constants), dict(launch.scalars), dict(launch.tile.sizes)
         for _ in range(rng.choice((1, 1, 2))):
@@ -126,7 +126,7 @@ def test_whatever_numbers_are_accepted_the_kernel_stays_within_reach(name):
             accepted += 1
         except (ArtifactError, TooLong):
             continue
-    assert accepted >= 15, accepted
+    assert accepted >= 5, accepted
 
 
 def test_the_sm90_kernels_reach_as_far_as_the_portable_ones():
