@@ -79,7 +79,13 @@ class Fuzzer:
             outcome = "bad: a pickle ran"
         if outcome.startswith("bad"):
             self.keep(target, number)
-        return {"file": name, "kind": kind, "outcome": outcome, "detail": detail, "seconds": time.process_time() - start}
+        return {
+            "file": name,
+            "kind": kind,
+            "outcome": outcome,
+            "detail": detail,
+            "seconds": time.process_time() - start,
+        }
 
     def keep(self, target: Path, number: int) -> None:
         """Save a mutant."""
@@ -107,7 +113,9 @@ def summary(count: int, seed: int, results: dict[int, Any], seconds: float) -> d
             bad.append({"number": number, **{k: str(result[k])[:300] for k in ("file", "kind", "outcome", "detail")}})
         elif result["outcome"] == "refused":
             text = result["detail"].partition(result["file"])[2] or result["detail"]
-            reasons[" ".join("#" if any(c.isdigit() or c in "'\"[({" for c in w) else w for w in text[:140].split())[:80]] += 1
+            reasons[
+                " ".join("#" if any(c.isdigit() or c in "'\"[({" for c in w) else w for w in text[:140].split())[:80]
+            ] += 1
     return {
         "mutants": count, "seed": seed, "outcomes": dict(outcomes.most_common()), "bad": bad,
         "by_kind": {k: dict(c.most_common()) for k, c in sorted(files.items())},

@@ -31,10 +31,10 @@ from edadm_compile.calibration.sampler import make_scheduler
 from edadm_compile.driver import verify
 from edadm_compile.errors import ArtifactError, EdadmError
 from edadm_compile.ir.ops import FLOAT_OPS, LOWERED_OPS, QDQ_OPS
-from edadm_compile.kernels import constants
-from edadm_compile.kernels.launch import Launch, LaunchPlan, Operand
-from edadm_compile.kernels.plan_check import SLACK
 from edadm_compile.ir.program import get_constant
+from edadm_compile.kernels import constants
+from edadm_compile.kernels.launch import LaunchPlan, Operand
+from edadm_compile.kernels.plan_check import SLACK
 from edadm_compile.report import tables
 from edadm_compile.runtime.artifact import Artifact, read
 from edadm_compile.runtime.limits import Limits

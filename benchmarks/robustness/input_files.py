@@ -23,7 +23,12 @@ from torch import nn
 from benchmarks.robustness.seeds import Chain
 from benchmarks.robustness.values import change, paths, wrong
 
-_SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 20, "beta_schedule": "linear", "clip_sample": False}
+_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 20,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+}
 _CONFIG = {
     "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": [4, 4],
     "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"], "norm_num_groups": 2,
@@ -119,7 +124,18 @@ def _pickle(data: bytes, rng: random.Random) -> bytes:
     try:
         while len(places) < 5000:
             for code, argument, at in pickletools.genops(stream):
-                if code.name in ("BININT", "BININT1", "BININT2", "SHORT_BINUNICODE", "BINUNICODE", "GLOBAL", "TUPLE3", "REDUCE", "BUILD", "BINGET"):
+                if code.name in (
+                    "BININT",
+                    "BININT1",
+                    "BININT2",
+                    "SHORT_BINUNICODE",
+                    "BINUNICODE",
+                    "GLOBAL",
+                    "TUPLE3",
+                    "REDUCE",
+                    "BUILD",
+                    "BINGET",
+                ):
                     places.append((code.name, argument, at))
     except ValueError:  # behind the last pickle
         pass
@@ -145,19 +161,33 @@ def _legacy_object(data: bytes, rng: random.Random) -> bytes:
 
 def _saved(value: dict[str, Any], rng: random.Random, archive: bool) -> bytes:
     """The checkpoint with one entry changed, saved by torch."""
-    value = {**value, "model": copy.deepcopy(value["model"]), "scheduler": dict(value["scheduler"]), "state_dict": dict(value["state_dict"])}
+    value = {
+        **value,
+        "model": copy.deepcopy(value["model"]),
+        "scheduler": dict(value["scheduler"]),
+        "state_dict": dict(value["state_dict"]),
+    }
     kind = rng.randrange(6)
     if kind < 3:
         part = {k: value[k] for k in ("model", "scheduler", "sampler", "format")}
         change(rng, part, rng.choice(paths(part)))
         value |= part
-        for key in set(("model", "scheduler", "sampler", "format")) - set(part):
+        for key in {"model", "scheduler", "sampler", "format"} - set(part):
             del value[key]
     elif kind == 3:
         name = rng.choice(list(value["state_dict"]))
         tensor = value["state_dict"][name]
         value["state_dict"][name] = rng.choice(
-            (tensor.T, tensor.flatten(), tensor.half(), tensor * float("nan"), tensor[:0], torch.zeros(1).expand(1 << 40), 3, None)
+            (
+                tensor.T,
+                tensor.flatten(),
+                tensor.half(),
+                tensor * float("nan"),
+                tensor[:0],
+                torch.zeros(1).expand(1 << 40),
+                3,
+                None,
+            )
         )
     elif kind == 4:
         del value["state_dict"][rng.choice(list(value["state_dict"]))]
@@ -195,7 +225,12 @@ def _archive(data: bytes, rng: random.Random) -> bytes:
     elif kind == 2:
         entries[at] = (rng.choice(("../" + name, "/" + name, name + "x", "", str(wrong(rng, name)))), content)
     elif kind == 3:
-        entries.append((f"{root}/{rng.choice(('data/constants/custom_obj_0', 'x.so', 'data.pkl', 'extra/a.pt'))}", pickle.dumps(_Evil())))
+        entries.append(
+            (
+                f"{root}/{rng.choice(('data/constants/custom_obj_0', 'x.so', 'data.pkl', 'extra/a.pt'))}",
+                pickle.dumps(_Evil()),
+            )
+        )
     elif kind == 4:
         bomb = bytes(rng.choice((1 << 20, 96 << 20)))
         return _zipped([*entries[:at], (name, bomb), *entries[at + 1 :]], zipfile.ZIP_DEFLATED)
@@ -230,7 +265,9 @@ def _entry(data: bytes, rng: random.Random) -> bytes:
 
 def _folder(source: Path, target: Path, rng: random.Random) -> str:
     shutil.copytree(source, target)
-    file = target / rng.choice(("config.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"))
+    file = target / rng.choice(
+        ("config.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
+    )
     kind = rng.randrange(8)
     if kind < 5 and file.suffix == ".json":
         value = json.loads(file.read_text())
@@ -246,7 +283,9 @@ def _folder(source: Path, target: Path, rng: random.Random) -> str:
         return "folder: bytes"
     file.unlink()
     if kind == 6:
-        rng.choice((os.mkfifo, Path.mkdir, lambda p: p.symlink_to("/dev/zero"), lambda p: p.symlink_to(p), lambda p: None))(file)
+        rng.choice(
+            (os.mkfifo, Path.mkdir, lambda p: p.symlink_to("/dev/zero"), lambda p: p.symlink_to(p), lambda p: None)
+        )(file)
         return "folder: no regular file"
     index = {"weight_map": wrong(rng, {"conv_in.weight": "../../../../etc/passwd", "conv_in.bias": "/dev/zero"})}
     (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -11,6 +12,9 @@ from typing import Any
 
 from benchmarks.robustness.qmod_file import Parts, Stored, header_of, put_together, thawed
 from benchmarks.robustness.values import change, paths, wrong
+from edadm_compile.errors import EdadmError
+from edadm_compile.kernels.plan_json import _launch_from
+from edadm_compile.kernels.request import request_of
 
 #: Nodes that would do harm if they ran: memory, time, code.
 _EVIL: tuple[list[Any], ...] = (
@@ -44,6 +48,9 @@ def mutant(frozen: bytes, rng: random.Random, operators: Sequence[str]) -> tuple
             changer(changed, rng, operators)
         except (LookupError, TypeError, ValueError, AttributeError):
             continue  # an earlier change took away what this one wanted
+    if kind == "plan" and rng.random() < 0.7:
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EdadmError):
+            _claimed(changed)
     header, body = header_of(changed, sign=rng.random() < 0.97)
     return kind, put_together(header, body)
 
@@ -55,7 +62,11 @@ def _container(parts: Parts, rng: random.Random) -> bytes:
     if kind < 3:
         header = copy.deepcopy(header)
         name = rng.choice(list(header))
-        where = [(name,), *((name, *p) for p in paths(header[name]))] if name != "__metadata__" else [("__metadata__", "edadm")]
+        where = (
+            [(name,), *((name, *p) for p in paths(header[name]))]
+            if name != "__metadata__"
+            else [("__metadata__", "edadm")]
+        )
         change(rng, header, rng.choice(where))
         return put_together(header, body)
     if kind == 3:  # offsets: overlaps, holes, tensors exchanged
@@ -77,7 +88,9 @@ def _container(parts: Parts, rng: random.Random) -> bytes:
     if kind == 5:
         return bytes(data[: rng.randrange(len(data))])
     if kind == 6:
-        data[:8] = struct.pack("<Q", rng.choice((0, 1, 8, len(data), len(data) - 8, 1 << 30, (1 << 64) - 1, rng.randrange(len(data)))))
+        data[:8] = struct.pack(
+            "<Q", rng.choice((0, 1, 8, len(data), len(data) - 8, 1 << 30, (1 << 64) - 1, rng.randrange(len(data))))
+        )
         return bytes(data) + bytes(rng.choice((0, 0, 1, 100)))
     for _ in range(rng.choice((1, 1, 4, 50))):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -153,6 +166,29 @@ def _plan(parts: Parts, rng: random.Random, operators: Sequence[str]) -> None:
         launch[field], other[field] = other[field], launch[field]
     else:
         change(rng, launch, rng.choice(paths(launch)))
+
+
+def _claimed(parts: Parts) -> None:
+    """Kernels that claim to be compiled for the changed launches: what a forger of a plan would write."""
+    for name in parts.changed & set(parts.plans):
+        arch, _, batch = name.removeprefix("device.plans.").rpartition(".")
+        keys = next(
+            r["keys"] for r in parts.manifest["device"]["plans"] if (r["arch"], str(r["batch"])) == (arch, batch)
+        )
+        records = parts.manifest["device"]["cubins"]
+        for index, launch in enumerate(parts.plans[name]["launches"]):
+            if not keys[index]:
+                continue
+            digest = request_of(_launch_from(launch), arch).digest
+            if digest != records[keys[index]]["request"]:
+                key = f"{keys[index]}.{index}"
+                records[key] = {**records[keys[index]], "request": digest}
+                for store in (parts.cubins, parts.tensors):
+                    store[f"device.cubins.{key}"] = store[f"device.cubins.{keys[index]}"]  # type: ignore[index]
+                keys[index] = key
+        used = {key for record in parts.manifest["device"]["plans"] for key in record["keys"]}
+        for key in set(records) - used:
+            del records[key], parts.cubins[f"device.cubins.{key}"], parts.tensors[f"device.cubins.{key}"]
 
 
 def _device(parts: Parts, rng: random.Random, _: Sequence[str]) -> None:

@@ -75,7 +75,9 @@ def _steps(values: Mapping[str, Any]) -> int:
         return int(values["LK"] // values["BLOCK_KV"]) + values["BLOCK_Q"] * values["BLOCK_KV"] // 4096
     if "GROUPS" in values:
         parts = values["T"] + values["T2"] + values["BLOCK_G"]
-        return int(values["STEPS"] + values["HW"] // values["BLOCK_P"] + parts + values["BLOCK_P"] * values["BLOCK_C"] // 4096)
+        return int(
+            values["STEPS"] + values["HW"] // values["BLOCK_P"] + parts + values["BLOCK_P"] * values["BLOCK_C"] // 4096
+        )
     return int(max(values.get("BLOCK_R", 1), values.get("BLOCK_P", 1)) * values["BLOCK_C"] // 4096)
 
 
@@ -96,7 +98,9 @@ def _recording(interpreter: Any, reach: dict[int, tuple[int, int]], splits: int)
             return
         size = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
         addresses = data[where].astype(np.int64)
-        owners = (addresses + _APART // 2) // _APART  # an offset may be negative; a load may choose between two pointers
+        owners = (
+            addresses + _APART // 2
+        ) // _APART  # an offset may be negative; a load may choose between two pointers
         for number in np.unique(owners).tolist():
             offsets = addresses[owners == number] - number * _APART
             low, high = int(offsets.min()), int(offsets.max()) + size

@@ -22,7 +22,9 @@ def wrong(rng: random.Random, value: Any = None) -> Any:
     if kind < 5 and isinstance(value, bool):
         return not value
     if kind < 6 and isinstance(value, int):
-        return rng.choice((value + 1, value - 1, value * 2, value // 2, -value, value * 1000, value + 16, rng.choice(_NUMBERS)))
+        return rng.choice(
+            (value + 1, value - 1, value * 2, value // 2, -value, value * 1000, value + 16, rng.choice(_NUMBERS))
+        )
     if kind < 6 and isinstance(value, float):
         return rng.choice((-value, value * 2, value * 1e30, rng.choice(_FLOATS)))
     if kind < 5 and isinstance(value, str):
@@ -32,7 +34,18 @@ def wrong(rng: random.Random, value: Any = None) -> Any:
     if kind < 7 and isinstance(value, dict) and value:
         return _dict(rng, value)
     return rng.choice(
-        (None, True, rng.choice(_NUMBERS), rng.choice(_FLOATS), rng.choice(_TEXTS), [], {}, [value], [rng.choice(_NUMBERS)] * 4, {"a": 1})
+        (
+            None,
+            True,
+            rng.choice(_NUMBERS),
+            rng.choice(_FLOATS),
+            rng.choice(_TEXTS),
+            [],
+            {},
+            [value],
+            [rng.choice(_NUMBERS)] * 4,
+            {"a": 1},
+        )
     )
 
 

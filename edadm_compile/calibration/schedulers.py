@@ -68,7 +68,9 @@ def _check_sizes(config: dict[str, Any]) -> None:
         numbers = value if isinstance(value, list) else [value]
         plain = isinstance(value, (str, int, float, list, type(None))) and len(numbers) <= LARGEST_NUMBER
         if not plain or any(isinstance(n, (list, dict)) for n in numbers):
-            raise InputError(f"scheduler: {str(name)[:80]} is a {type(value).__name__}, expected a number, a text or a list")
+            raise InputError(
+                f"scheduler: {str(name)[:80]} is a {type(value).__name__}, expected a number, a text or a list"
+            )
         if any(isinstance(n, (int, float)) and not abs(n) <= LARGEST_NUMBER for n in numbers):
             raise InputError(f"scheduler: {str(name)[:80]} is {str(value)[:40]}, allowed up to {LARGEST_NUMBER}")
 

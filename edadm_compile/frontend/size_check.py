@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-
 from torch import nn
 
 from edadm_compile.errors import InputError

@@ -64,7 +64,9 @@ def _check_types(found: Kernel, values: Values) -> None:
         _need(type(value) in allowed, f"{name} is {value!r}, expected {type(default).__name__}")
         _need(-INT32 < value < INT32, f"{name} is {value!r}")
     for name in (*found.scalars, *found.sizes):
-        _need(type(values[name]) is int and 1 <= values[name] < INT32, f"{name} is {values[name]!r}, expected 1 or more")
+        _need(
+            type(values[name]) is int and 1 <= values[name] < INT32, f"{name} is {values[name]!r}, expected 1 or more"
+        )
 
 
 def _check_tile(launch: Launch) -> None:
@@ -98,9 +100,15 @@ def _segment(values: Values, number: str, images: int) -> dict[str, Reach]:
     v = values
     channels, stride, padded, bits = (v[f"{name}{number}" if name != "X_STRIDE" else f"X{number}_STRIDE"]
                                       for name in ("C", "X_STRIDE", "KC", "BITS"))  # fmt: skip
-    _need(1 <= channels <= padded and padded % v["BLOCK_K"] == 0, f"{padded} for {channels} channels of segment {number!r}")
+    _need(
+        1 <= channels <= padded and padded % v["BLOCK_K"] == 0,
+        f"{padded} for {channels} channels of segment {number!r}",
+    )
     _need(stride >= channels and stride % 16 == 0, f"pixels {stride} apart")
-    _need(bits == 8 or (bits == 4 and v["BLOCK_K"] >= 64 and v["DOTS"] == 2), f"{bits}-bit weights in steps of {v['BLOCK_K']}")
+    _need(
+        bits == 8 or (bits == 4 and v["BLOCK_K"] >= 64 and v["DOTS"] == 2),
+        f"{bits}-bit weights in steps of {v['BLOCK_K']}",
+    )
     rows = cdiv(v["O"], v["BLOCK_M"]) * v["BLOCK_M"] * (2 if v["GLU"] else 1)
     matrix = rows * v["KH"] * v["KW"] * padded * bits // 8
     _need(v["H"] * v["W"] * stride < INT32 and matrix < INT32, "an image or a weight beyond 32-bit offsets")
@@ -157,7 +165,9 @@ def _qconv2d(v: Values, asynchronous: bool) -> dict[str, Reach]:
     _at_least(v, 1, "H", "W", "OH", "OW", "KH", "KW", "STRIDE_H", "STRIDE_W", "DIL_H", "DIL_W")
     _at_least(v, 0, "PAD_T", "PAD_L")
     _need(v["UPSAMPLE"] in (1, 2), f"UPSAMPLE is {v['UPSAMPLE']}")
-    positions = [(v[f"O{a}"] * v[f"STRIDE_{a}"] + v[f"K{a}"] * v[f"DIL_{a}"]) * v[b] for a, b in (("H", "W"), ("W", "H"))]
+    positions = [
+        (v[f"O{a}"] * v[f"STRIDE_{a}"] + v[f"K{a}"] * v[f"DIL_{a}"]) * v[b] for a, b in (("H", "W"), ("W", "H"))
+    ]
     strides = max(v["X_STRIDE"], v["X2_STRIDE"])
     _need(max(positions) * max(strides, 1) < INT32, "taps beyond 32-bit offsets")
     found = _matmul(v, v["pixels"], v["OH"] * v["OW"], asynchronous)

@@ -1,5 +1,8 @@
-"""Whether a launch plan stays in its memory: every buffer in the arena, every pointer in a buffer, every kernel's reach
-behind its pointer. Constants are checked where their sizes are known (`check_constants`)."""
+"""Whether a launch plan stays in its memory.
+
+Every buffer in the arena, every pointer in a buffer, every kernel's reach behind its pointer. Constants are checked where
+their sizes are known (`check_constants`).
+"""
 
 from __future__ import annotations
 
@@ -190,7 +193,7 @@ class _Bounded(TorchDispatchMode):
     """Refuses every result, intermediate ones too, of more than `allowed` bytes."""
 
     def __init__(self, allowed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._allowed = allowed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -177,9 +177,7 @@ def _manifest(path: Path, header: Header, limits: Limits) -> dict[str, Any]:
     manifest = json_text.parse(text, f"{path}: manifest", limits)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise ArtifactError(
-            f"{path}: format {str(found)[:80]!r}, this version reads {FORMAT!r}; recompile the model"
-        )
+        raise ArtifactError(f"{path}: format {str(found)[:80]!r}, this version reads {FORMAT!r}; recompile the model")
     return dict(manifest)
 
 

@@ -10,7 +10,9 @@ from edadm_compile.errors import ArtifactError
 from edadm_compile.runtime.limits import Limits
 
 #: Escapes of control characters but newline and tabulator, and bare ones: texts of a file reach terminals.
-_CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\(?:u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[bfr])|[\x7f-\x9f]", re.IGNORECASE)
+_CONTROL = re.compile(
+    r"(?<!\\)(?:\\\\)*\\(?:u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[bfr])|[\x7f-\x9f]", re.IGNORECASE
+)
 
 
 def parse(text: str, what: str, limits: Limits) -> Any:

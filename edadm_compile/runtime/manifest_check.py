@@ -79,7 +79,7 @@ def _errors(value: Any) -> bool:
 
 
 def _mixed_layer(value: Any) -> bool:
-    known = {"layer": _text, "parameters": _integer, "widths": _text, "fixed": _any, "errors": _any}
+    known: dict[str, Test] = {"layer": _text, "parameters": _integer, "widths": _text, "fixed": _any, "errors": _any}
     return _table(known)(value) and _errors(value)
 
 

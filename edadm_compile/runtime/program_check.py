@@ -61,41 +61,43 @@ def _check_node(program: Program, node: fx.Node, where: str) -> None:
 
 
 def _check_quantizer(program: Program, node: fx.Node, where: str) -> None:
-    _, scale_node, zero_node, bits, symmetric = node.args
+    _, scale_node, zero_node, bits, symmetric = list[Any](node.args)
     _need(type(bits) is int and bits in ACT_BITS, where, f"width {bits!r}, allowed {ACT_BITS}")
     _need(type(symmetric) is bool, where, f"symmetric is {symmetric!r}")
     scale, zero = (_constant(program, n, where, "scale or zero point") for n in (scale_node, zero_node))
-    spec = act_spec(bits, symmetric)  # type: ignore[arg-type]
+    spec = act_spec(bits, symmetric)
     _check_scale(scale, where)
-    _need(zero.dtype == torch.float32 and zero.numel() in (1, scale.numel()), where, "zero points do not fit the scales")
+    _need(
+        zero.dtype == torch.float32 and zero.numel() in (1, scale.numel()), where, "zero points do not fit the scales"
+    )
     whole = bool(((zero >= spec.qmin) & (zero <= spec.qmax) & (zero == zero.round())).all())
     _need(whole, where, f"a zero point is no code of {spec.qmin} to {spec.qmax}")
 
 
 def _check_stored_weight(program: Program, node: fx.Node, where: str) -> None:
-    packed, scale, bits, shape, axis = node.args
+    packed, scale, bits, shape, axis = list[Any](node.args)
     _need(axis in (0, 1) and type(axis) is int, where, f"axis {axis!r}, allowed 0 and 1")
     _check_packed(_constant(program, packed, where, "weight"), bits, shape, where)
     values = _constant(program, scale, where, "scale")
     _check_scale(values, where)
-    _need(tuple(values.shape) == (shape[0],), where, f"scales {list(values.shape)} for weights {list(shape)}")  # type: ignore[index,arg-type]
+    _need(tuple(values.shape) == (shape[0],), where, f"scales {list(values.shape)} for weights {list(shape)}")
 
 
 def _check_layer(program: Program, node: fx.Node, where: str, conv: bool) -> None:
-    args = list(node.args)
+    args: list[Any] = list(node.args)
     bits, shape = args[-2:]
     _check_packed(_constant(program, args[1], where, "weight"), bits, shape, where)
     for argument, name in ((args[2], "multiplier"), (args[3], "bias")):
         value = _constant(program, argument, where, name)
         _need(value.dtype == torch.float32 and bool(value.isfinite().all()), where, f"{name} is not finite float32")
     if not conv:
-        _need(len(shape) == 2, where, f"weight {shape!r} of a linear layer")  # type: ignore[arg-type]
+        _need(len(shape) == 2, where, f"weight {shape!r} of a linear layer")
         return
-    _need(len(shape) == 4, where, f"weight {shape!r} of a convolution")  # type: ignore[arg-type]
+    _need(len(shape) == 4, where, f"weight {shape!r} of a convolution")
     _need(type(args[4]) is int and -128 <= args[4] <= 127, where, f"pad code {args[4]!r} is no int8 code")
     stride, padding, *between, dilation, groups = args[5:-2]
     _check_window(stride, [padding, *between], dilation, where)
-    whole = type(groups) is int and groups >= 1 and shape[0] % groups == 0  # type: ignore[index]
+    whole = type(groups) is int and groups >= 1 and shape[0] % groups == 0
     _need(whole and (op_name(node.target) == _CONV[0] or groups == 1), where, f"{groups!r} groups")
 
 

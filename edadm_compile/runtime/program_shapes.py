@@ -156,7 +156,9 @@ def _integer_convolution(name: str, args: Any, result: Tensor) -> int:
     sizes = [int(n) for n in x.shape[2:]]
     if name == _TRANSPOSED:
         dilation = args[8]
-        sizes = [(n - 1) * s + 1 + 2 * d * (k - 1) for n, s, d, k in zip(sizes, stride, dilation, shape[2:], strict=True)]
+        sizes = [
+            (n - 1) * s + 1 + 2 * d * (k - 1) for n, s, d, k in zip(sizes, stride, dilation, shape[2:], strict=True)
+        ]
     else:
         sides = padding if len(padding) == 4 else [padding[0], padding[0], padding[1], padding[1]]
         sizes = [sizes[0] + sides[0] + sides[1], sizes[1] + sides[2] + sides[3]]

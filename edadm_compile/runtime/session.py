@@ -150,9 +150,7 @@ def _conform(spec: InputSpec, value: Tensor, batch: int) -> Tensor:
     return result.contiguous()
 
 
-def load(
-    path: str | Path, device: str = "cpu", engine: str | None = None, limits: Limits = DEFAULT
-) -> CompiledModel:
+def load(path: str | Path, device: str = "cpu", engine: str | None = None, limits: Limits = DEFAULT) -> CompiledModel:
     """Load a ``.qmod`` file.
 
     Args:

@@ -24,7 +24,11 @@ def test_mutated_artifacts(small_files, tmp_path, monkeypatch):
     results = dict(fork_server.run(range(400), fuzzer.job))
     assert not _bad(results.items())
     outcomes = {r["outcome"] for r in results.values()}
-    assert {"refused", "accepted"} <= outcomes and {r["kind"] for r in results.values()} >= {"container", "plan", "program"}
+    assert {"refused", "accepted"} <= outcomes and {r["kind"] for r in results.values()} >= {
+        "container",
+        "plan",
+        "program",
+    }
     reasons = {fuzz_qmod._reason(r["detail"]) for r in results.values() if r["outcome"] == "refused"}
     assert len(reasons) > 60  # the checks behind the checksums are reached
 

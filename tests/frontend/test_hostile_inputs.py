@@ -137,7 +137,9 @@ def test_tensors_that_are_more_than_their_storage(tmp_path):
             check_torch_file(tmp_path / name)
 
 
-@pytest.mark.parametrize("data", [b"", b"text", b"\x80\x02.", b"\x80\x04" + b"(" * 1000, b"PK\x03\x04", os.urandom(100)])
+@pytest.mark.parametrize(
+    "data", [b"", b"text", b"\x80\x02.", b"\x80\x04" + b"(" * 1000, b"PK\x03\x04", os.urandom(100)]
+)
 def test_what_is_no_torch_file_is_left_to_others(tmp_path, data):
     (tmp_path / "a.pt").write_bytes(data)
     check_torch_file(tmp_path / "a.pt")
@@ -155,10 +157,10 @@ def test_what_is_no_torch_file_is_left_to_others(tmp_path, data):
     ids=lambda c: str(c)[:40],
 )  # fmt: skip
 def test_absurd_configurations(tmp_path, config):
-    with pytest.raises(InputError, match="allowed|nested"):
+    with pytest.raises(InputError, match=r"allowed|nested"):
         check_config(config, "here")
     torch.save(checkpoint(**config), tmp_path / "a.pt")
-    with pytest.raises(InputError, match="allowed|nested"):
+    with pytest.raises(InputError, match=r"allowed|nested"):
         load_source(tmp_path / "a.pt", OPTIONS)
 
 
@@ -206,7 +208,7 @@ def test_folders(tmp_path):
 )  # fmt: skip
 def test_schedulers(tmp_path, change):
     torch.save({**checkpoint(), "scheduler": {**DDIM, **change}}, tmp_path / "a.pt")
-    with pytest.raises(InputError, match="scheduler|do not fit"):
+    with pytest.raises(InputError, match=r"scheduler|do not fit"):
         load_source(tmp_path / "a.pt", OPTIONS)
     from edadm_compile.calibration.sampler import make_scheduler
     from edadm_compile.ir.program import SamplerSpec
@@ -232,7 +234,13 @@ def test_small_texts(tmp_path):
 
 
 def test_conditions(tmp_path):
-    for data in (b"", b"\xff" * 8, (1 << 60).to_bytes(8, "little"), io.BytesIO().getvalue(), b"\x02" + bytes(7) + b"{}"):
+    for data in (
+        b"",
+        b"\xff" * 8,
+        (1 << 60).to_bytes(8, "little"),
+        io.BytesIO().getvalue(),
+        b"\x02" + bytes(7) + b"{}",
+    ):
         (tmp_path / "c.safetensors").write_bytes(data)
         if data.endswith(b"{}"):
             assert read_conditions(tmp_path / "c.safetensors") == {}

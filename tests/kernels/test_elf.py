@@ -11,9 +11,10 @@ PARAMETERS = b"".join(
     struct.pack("<BBHIHHI", 4, 0x17, 12, 0, ordinal, 0, size << 18 | 0x1F000) for ordinal, size in ((1, 4), (0, 8))
 )
 THREADS = struct.pack("<BBHIII", 4, 0x10, 12, 128, 1, 1)
+ATTRIBUTES = struct.pack("<BBH", 3, 0x1B, 255) + PARAMETERS + THREADS
 
 
-def image(flags=0x500550, abi=7, machine=190, attributes=struct.pack("<BBH", 3, 0x1B, 255) + PARAMETERS + THREADS):
+def image(flags=0x500550, abi=7, machine=190, attributes=ATTRIBUTES):
     labels = b"\0.shstrtab\0.nv.info.k\0"
     header = struct.pack(
         "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01\x33" + bytes([abi]), 2, machine, 1, 0, 0, 64, flags, 64, 0, 0, 64, 2, 0
