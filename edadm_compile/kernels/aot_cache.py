@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from edadm_compile.errors import ArtifactError
@@ -44,7 +43,7 @@ class Cache:
 
     def put(self, key: str, cubin: Cubin) -> None:
         """Store a kernel: the bytes first, then the record that vouches for them."""
-        record = {**replace(cubin, request="").to_json(), "sha256": hashlib.sha256(cubin.data).hexdigest()}
+        record = {**cubin.to_json(), "sha256": hashlib.sha256(cubin.data).hexdigest()}
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._write(f"{key}.cubin", cubin.data)
