@@ -213,7 +213,7 @@ def summary(fuzzer: Fuzzer, count: int, results: dict[int, Any], seconds: float)
         else:
             reasons[_reason(result["detail"])] += 1
     return {
-        "mutants": count, "seed": fuzzer.seed, "outcomes": dict(outcomes.most_common()), "bad": bad,
+        "mutants": count, "first": min(results, default=0), "seed": fuzzer.seed, "outcomes": dict(outcomes.most_common()), "bad": bad,
         "by_kind": {k: dict(c.most_common()) for k, c in sorted(kinds.items())}, "accepted": dict(traced.most_common()),
         "different_reasons": len(reasons), "reasons": dict(reasons.most_common(60)),
         "cpu_seconds": {k: round(v, 2) for k, v in spent.most_common()}, "slowest_cpu_seconds": round(slowest, 3), "wall_seconds": round(seconds, 1), "torch": torch.__version__,
