@@ -23,6 +23,10 @@ SUPPORTED = (
 )  # fmt: skip
 #: No setting of a schedule is larger, and no list of one longer (timesteps, betas).
 LARGEST_NUMBER = 100_000
+#: What constructors and first steps raise of settings that make no sense.
+_REFUSALS = (
+    TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError, MemoryError,
+)  # fmt: skip
 _LEARNED = ("learned", "learned_range")
 
 
@@ -53,7 +57,7 @@ def make_scheduler(spec: SamplerSpec) -> Any:
         scheduler.set_timesteps(spec.steps)
         _check(scheduler, spec, name, length)
         _try_step(cls.from_config(config), spec)
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+    except _REFUSALS as error:
         raise InputError(f"scheduler {name} refuses its configuration: {error}") from error
     return scheduler
 
@@ -71,7 +75,8 @@ def _check_sizes(config: dict[str, Any]) -> None:
             raise InputError(
                 f"scheduler: {str(name)[:80]} is a {type(value).__name__}, expected a number, a text or a list"
             )
-        if any(isinstance(n, (int, float)) and not abs(n) <= LARGEST_NUMBER for n in numbers):
+        counts = [n for n in numbers if isinstance(n, (int, float)) and math.isfinite(n)]  # bounds may be infinite
+        if any(abs(n) > LARGEST_NUMBER for n in counts):
             raise InputError(f"scheduler: {str(name)[:80]} is {str(value)[:40]}, allowed up to {LARGEST_NUMBER}")
 
 

@@ -89,6 +89,12 @@ class _Inert:
         """Nothing."""
 
 
+class _Table(dict[Any, Any]):
+    """An ordered dictionary; what it has beside its items (a state dict's ``_metadata``) is dropped."""
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 @dataclass(frozen=True)
 class _StorageType:
     itemsize: int
@@ -129,7 +135,7 @@ class _Reader(pickle.Unpickler):
         if module == "torch._utils" and name in _PASSED:
             return _Inert
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return _Table
         if module == "torch._utils" or (module, name) in (("builtins", "bytearray"), ("__builtin__", "bytearray")):
             self._contents.foreign.append(f"{module}.{name}")
         return _Inert

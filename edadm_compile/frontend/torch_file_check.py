@@ -21,22 +21,17 @@ _LEGACY_PICKLES = 4
 def check_torch_file(path: Path) -> None:
     """Refuse a file whose sizes are not those of its contents. Nothing of it runs.
 
-    A file that is no torch file at all passes: who opens it says what it is.
-
     Raises:
         InputError: a zip bomb, a storage larger than its record, or a tensor that reaches out of its storage.
+        Exception: whatever the readers of archives and pickles raise on what is none. Torch must not open that either:
+            it might understand what they do not.
     """
-    try:
-        if zipfile.is_zipfile(path):
-            with path.open("rb") as stream:
-                _check_archive(path, stream, path.stat().st_size)
-            return
+    if zipfile.is_zipfile(path):
         with path.open("rb") as stream:
-            contents = contents_of(stream, _LEGACY_PICKLES)
-    except (InputError, MemoryError):
-        raise
-    except Exception:  # malformed: torch and the message that follows say how
+            _check_archive(path, stream, path.stat().st_size)
         return
+    with path.open("rb") as stream:
+        contents = contents_of(stream, _LEGACY_PICKLES)
     _check_contents(path, contents)
     taken = sum(s.elements * s.itemsize for s in contents.storages.values())
     if taken > path.stat().st_size:
@@ -62,7 +57,7 @@ def _check_archive(path: Path, stream: IO[bytes], size: int) -> None:
     stream.seek(0)
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if not pickles:
-        return
+        raise ValueError("an archive without an entry 'data.pkl'")
     if len(pickles) > 1:
         raise InputError(f"{path} holds {len(pickles)} pickles; a torch file has one")
     with zipfile.ZipFile(stream) as archive, archive.open(pickles[0]) as file:

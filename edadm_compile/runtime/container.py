@@ -40,6 +40,8 @@ def read_header(path: Path, limits: Limits) -> Header:
     """
     try:
         size = path.stat().st_size
+        if not path.is_dir() and not path.is_file():  # a pipe would be waited for
+            raise OSError(22, "not a regular file")
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, limits.header):

@@ -140,11 +140,30 @@ def test_tensors_that_are_more_than_their_storage(tmp_path):
 @pytest.mark.parametrize(
     "data", [b"", b"text", b"\x80\x02.", b"\x80\x04" + b"(" * 1000, b"PK\x03\x04", os.urandom(100)]
 )
-def test_what_is_no_torch_file_is_left_to_others(tmp_path, data):
+def test_what_cannot_be_looked_through_is_not_opened(tmp_path, data, monkeypatch):
     (tmp_path / "a.pt").write_bytes(data)
-    check_torch_file(tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch opened it"))
     with pytest.raises(InputError, match=r"a\.pt"):
         load_source(tmp_path / "a.pt", OPTIONS)
+
+
+def test_state_dicts_with_metadata_are_looked_through(tmp_path):
+    """Their pickles set attributes of a dictionary."""
+    state = torch.nn.Linear(3, 2).state_dict()
+    assert state._metadata
+    for archive in (True, False):
+        torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=archive)
+        check_torch_file(tmp_path / "a.pt")
+
+
+def test_infinite_bounds_of_schedulers_are_numbers():
+    """As diffusers writes them: ``"lambda_min_clipped": -Infinity``."""
+    from edadm_compile.calibration.sampler import make_scheduler
+    from edadm_compile.ir.program import SamplerSpec
+
+    config = {**DDIM, "_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": float("-inf")}
+    config.pop("clip_sample")
+    make_scheduler(SamplerSpec(config, 2))
 
 
 # configurations
@@ -202,7 +221,7 @@ def test_folders(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_train_timesteps": 10**12}, {"num_train_timesteps": float("nan")}, {"solver_order": 10**9, "_class_name": "UniPCMultistepScheduler"},
+    [{"num_train_timesteps": 10**12}, {"num_train_timesteps": 1e12}, {"solver_order": 10**9, "_class_name": "UniPCMultistepScheduler"},
      {"trained_betas": [0.1] * 200_000}, {"trained_betas": [[0.1]]}, {"beta_start": {}}],
     ids=lambda c: str(c)[:40],
 )  # fmt: skip

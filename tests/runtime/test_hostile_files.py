@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import struct
 
 import pytest
@@ -107,6 +108,12 @@ def test_containers(parts, tmp_path, change, message):
     path.write_bytes(_container(parts, change))
     with pytest.raises(ArtifactError, match=message):
         read(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.qmod")
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        read(tmp_path / "a.qmod")
 
 
 def test_a_header_of_absurd_length_is_not_read(tmp_path):
