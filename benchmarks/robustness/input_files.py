@@ -111,7 +111,7 @@ def _bytes(data: bytes, rng: random.Random) -> bytes:
 def _header(data: bytes, rng: random.Random) -> bytes:
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
-    change(rng, header, rng.choice(paths(header)))
+    change(rng, header, rng.choice(paths(header) or [()]))
     text = json.dumps(header).encode("utf-8", "replace")
     size = len(text) if rng.random() < 0.9 else rng.choice((0, 1 << 40, len(text) + 9))
     return struct.pack("<Q", size) + text + data[8 + length :]
@@ -170,7 +170,7 @@ def _saved(value: dict[str, Any], rng: random.Random, archive: bool) -> bytes:
     kind = rng.randrange(6)
     if kind < 3:
         part = {k: value[k] for k in ("model", "scheduler", "sampler", "format")}
-        change(rng, part, rng.choice(paths(part)))
+        change(rng, part, rng.choice(paths(part) or [()]))
         value |= part
         for key in {"model", "scheduler", "sampler", "format"} - set(part):
             del value[key]
@@ -223,7 +223,7 @@ def _archive(data: bytes, rng: random.Random) -> bytes:
     elif kind == 1:
         entries.append((name, content))
     elif kind == 2:
-        entries[at] = (rng.choice(("../" + name, "/" + name, name + "x", "", str(wrong(rng, name)))), content)
+        entries[at] = (rng.choice(("../" + name, "/" + name, name + "x", str(wrong(rng, name)) or "x")), content)
     elif kind == 3:
         entries.append(
             (
@@ -254,7 +254,7 @@ def _entry(data: bytes, rng: random.Random) -> bytes:
     if name.endswith(".json"):
         value = json.loads(content)
         for _ in range(rng.choice((1, 1, 3))):
-            change(rng, value, rng.choice(paths(value)))
+            change(rng, value, rng.choice(paths(value) or [()]))
         entries[name] = json.dumps(value).encode("utf-8", "replace")
     elif name.endswith("data.pkl"):
         entries[name] = _pickle(content, rng)
@@ -272,7 +272,7 @@ def _folder(source: Path, target: Path, rng: random.Random) -> str:
     if kind < 5 and file.suffix == ".json":
         value = json.loads(file.read_text())
         for _ in range(rng.choice((1, 1, 2))):
-            change(rng, value, rng.choice(paths(value)))
+            change(rng, value, rng.choice(paths(value) or [()]))
         file.write_bytes(json.dumps(value).encode("utf-8", "replace"))
         return "folder: values"
     if kind < 5:

@@ -94,7 +94,9 @@ def paths(value: Any, most: int = 20_000) -> list[tuple[Any, ...]]:
 
 
 def change(rng: random.Random, root: Any, path: tuple[Any, ...]) -> None:
-    """Replace, or sometimes remove, what is at `path`, in place."""
+    """Replace, or sometimes remove, what is at `path`, in place; nothing where there is no such place."""
+    if not path:
+        return
     target = root
     for key in path[:-1]:
         target = target[key]

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from edadm_compile.errors import InputError
-from edadm_compile.frontend.zip_check import check_zip
+from edadm_compile.frontend.zip_check import check_zip, is_zip
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _KEYS = ("x", "images", "arr_0")
@@ -109,7 +109,7 @@ _UNREADABLE = (
 def _array(path: Path, shape: tuple[int, int, int]) -> Any:
     """The images of an npz file, of a legal type and layout."""
     try:
-        if zipfile.is_zipfile(path):
+        if is_zip(path):
             check_zip(path)
         with numpy.load(path, allow_pickle=False) as archive:
             names = list(getattr(archive, "files", []))

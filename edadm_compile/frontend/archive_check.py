@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from edadm_compile.errors import InputError
 from edadm_compile.frontend.torch_file_check import check_torch_bytes
@@ -70,6 +72,30 @@ def _json(path: Path, data: bytes) -> Any:
         return json.loads(data)
     except RecursionError:
         raise InputError(f"{path}: JSON that is nested too deeply; {_ADVICE}") from None
+
+
+def open_archive(path: Path, trusted: bool = False) -> ExportedProgram:
+    """Open an archive; torch prints no traceback of what it cannot read.
+
+    Args:
+        trusted: do not look through it first.
+
+    Raises:
+        InputError: as `check_archive`.
+        Exception: whatever torch raises of an archive it cannot read.
+    """
+    if not trusted:
+        check_archive(path)
+    log = logging.getLogger("torch.export")
+    log.addFilter(_nothing)
+    try:
+        return torch.export.load(path)
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 _ADVICE = "export a network of torch operators on plain tensors with torch.export.save"

@@ -12,15 +12,16 @@ from torch.export import ExportedProgram
 
 from edadm_compile.calibration.schedulers import fractional_timestep
 from edadm_compile.errors import InputError
-from edadm_compile.frontend.archive_check import check_archive
+from edadm_compile.frontend.archive_check import open_archive
 from edadm_compile.frontend.source import Source
+from edadm_compile.frontend.zip_check import is_zip
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from edadm_compile.passes.capture import MAX_BATCH
 
 
 def is_exported_program(path: Path) -> bool:
     """Whether a file is a torch.export archive."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return False
     try:
         with zipfile.ZipFile(path) as archive:
@@ -42,9 +43,7 @@ def load(
         InputError: unreadable, able to run code, or inputs that are not (x [B, C, H, W], t [B], *conditions [B, ...]).
     """
     try:
-        if not trusted:
-            check_archive(path)
-        program = torch.export.load(path)
+        program = open_archive(path, trusted)
         signature = _signature(program, path, pool)
     except InputError:
         raise

@@ -21,6 +21,7 @@ from edadm_compile.frontend.conditions import read_conditions
 from edadm_compile.frontend.guidance import GuidanceOptions
 from edadm_compile.frontend.source import Source, source_from_module
 from edadm_compile.frontend.torch_file_check import check_torch_file
+from edadm_compile.frontend.zip_check import is_zip
 from edadm_compile.ir.program import SamplerSpec
 
 _DEFAULT_STEPS = 50
@@ -123,7 +124,7 @@ def _load_pickle_like(path: Path, options: LoadOptions, pool: dict[str, Tensor],
 
 def _pickle_message(path: Path, error: Exception) -> str:
     foreign = f"{path} is not a model file: neither a torch file, a .pt2 archive nor safetensors"
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 if not any(name.endswith("data.pkl") for name in archive.namelist()):

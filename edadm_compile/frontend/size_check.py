@@ -12,9 +12,9 @@ from edadm_compile.errors import InputError
 
 #: Bounds of a UNet's configuration; the largest published one has numbers below 3000 and lists of 4.
 _LARGEST_NUMBER, _LONGEST_LIST, _LONGEST_TEXT, _DEEPEST, _MOST_VALUES = 1 << 20, 64, 4096, 6, 2000
-#: Numbers that say how many modules there are; each is a loop.
-_REPEATS = ("layers", "num_attention_heads", "attention_head_dim", "blocks")
-_MOST_REPEATS = 1024
+#: Numbers that say how many modules there are (a loop each, and products of them), and the most that one may be.
+_REPEATS = ("layers", "blocks", "num_attention_heads")
+_MOST_REPEATS = 64
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -38,7 +38,9 @@ def _check(name: str, value: Any, where: str, left: list[int], depth: int) -> No
         for item in value.values() if isinstance(value, dict) else value:
             _check(name, item, where, left, depth + 1)
     elif isinstance(value, (int, float)):
-        most = _MOST_REPEATS if any(word in name for word in _REPEATS) else _LARGEST_NUMBER
+        most = (
+            _MOST_REPEATS if any(name.startswith(word) or f"_{word}" in name for word in _REPEATS) else _LARGEST_NUMBER
+        )
         if not abs(value) <= most:
             raise InputError(f"{where}: {name[:80]} is {str(value)[:40]}, allowed up to {most}")
     elif isinstance(value, str) and len(value) > _LONGEST_TEXT:

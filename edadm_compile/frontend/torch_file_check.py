@@ -10,7 +10,7 @@ from typing import IO
 
 from edadm_compile.errors import InputError
 from edadm_compile.frontend.inert_pickle import Contents, contents_of
-from edadm_compile.frontend.zip_check import check_zip
+from edadm_compile.frontend.zip_check import check_zip, is_zip
 
 #: Elements of a tensor that may be more than its storage has (an expanded one is written out when it is converted).
 _EXPANDED = 1 << 22
@@ -26,7 +26,7 @@ def check_torch_file(path: Path) -> None:
         Exception: whatever the readers of archives and pickles raise on what is none. Torch must not open that either:
             it might understand what they do not.
     """
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         with path.open("rb") as stream:
             _check_archive(path, stream, path.stat().st_size)
         return

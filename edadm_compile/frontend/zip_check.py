@@ -18,6 +18,14 @@ _FACTOR, _SPARE = 20, 64 << 20
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip archive; `zipfile.is_zipfile` raises for some that are damaged."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
 def check_zip(path: Path, stream: IO[bytes] | None = None, size: int | None = None) -> list[zipfile.ZipInfo]:
     """The entries of an archive.
 

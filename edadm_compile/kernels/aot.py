@@ -172,7 +172,7 @@ def _cubin(job: Job, reply: dict[str, Any]) -> Cubin:
     if "error" in reply:
         raise TargetError(f"cannot compile {job}: {reply['error']}")
     data = base64.b64decode(reply.pop("data"))
-    return Cubin.from_json(reply, data)
+    return Cubin.from_json({**reply, "request": job.request.digest}, data)
 
 
 def _checked(job: Job, cubin: Cubin) -> Cubin:
