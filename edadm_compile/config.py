@@ -14,6 +14,7 @@ from edadm_compile import notebook
 from edadm_compile.errors import ConfigError, did_you_mean
 from edadm_compile.methods import METHODS, RANGES, SELECTIONS, Method
 from edadm_compile.quant.spec import ACT_BITS, WEIGHT_BITS
+from edadm_compile.texts import read_text
 
 #: Named widths: weight bits, activation bits.
 PRESETS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w4a6": (4, 6), "w4a4": (4, 4)}
@@ -279,12 +280,12 @@ def load_config(path: Path) -> dict[str, Any]:
         ConfigError: unreadable or malformed file.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
         return dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
+        reason = getattr(error, "strerror", None) or (error if isinstance(error, OSError) else "it is not text")
         raise ConfigError(f"cannot read settings file {path}: {reason}") from None
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"settings file {path} is not valid {path.suffix.lstrip('.') or 'TOML'}: {error}") from None
 
 

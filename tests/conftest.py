@@ -62,3 +62,11 @@ def old(tmp_path):
     """An older file where the new one is to go."""
     (tmp_path / "out.onnx").write_bytes(b"older")
     return tmp_path / "out.onnx"
+
+
+@pytest.fixture(scope="session")
+def small_files(tmp_path_factory, _own_cache):
+    """Two artifacts of a few layers with GPU code, by name: for tests that change files."""
+    from benchmarks.robustness import seeds
+
+    return seeds.make(tmp_path_factory.mktemp("small"))

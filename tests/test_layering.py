@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "edadm_compile"
 RANK = {
-    "errors": 0, "methods": 0, "notebook": 0, "callbacks": 1, "parallel": 1, "quant": 1, "config": 2, "ir": 2, "kernels": 3, "calibration": 3, "export": 4, "lowering": 5, "passes": 5, "runtime": 5, "evaluate": 5,
+    "errors": 0, "methods": 0, "notebook": 0, "callbacks": 1, "parallel": 1, "quant": 1, "texts": 1, "config": 2, "ir": 2, "kernels": 3, "calibration": 3, "export": 4, "lowering": 5, "passes": 5, "runtime": 5, "evaluate": 5,
     "report": 6, "frontend": 6, "pipeline": 7, "driver": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
 #: Third-party packages that only some parts may use; everything may use torch.

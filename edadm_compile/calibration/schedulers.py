@@ -13,12 +13,19 @@ from torch import Tensor
 
 from edadm_compile.errors import InputError
 from edadm_compile.ir.program import SamplerSpec
+from edadm_compile.texts import read_text
 
 #: Classes whose loop is the one in `sampler.sample`; tests compare each with a plain diffusers loop.
 SUPPORTED = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler",
     "DEISMultistepScheduler", "LCMScheduler",
+)  # fmt: skip
+#: No setting of a schedule is larger, and no list of one longer (timesteps, betas).
+LARGEST_NUMBER = 100_000
+#: What constructors and first steps raise of settings that make no sense.
+_REFUSALS = (
+    TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError, MemoryError,
 )  # fmt: skip
 _LEARNED = ("learned", "learned_range")
 
@@ -39,6 +46,7 @@ def make_scheduler(spec: SamplerSpec) -> Any:
             "(scheduler.config in Python lacks the name: add it, or use save_config)"
         )
     cls = getattr(diffusers, name)
+    _check_sizes(config)
     try:
         scheduler = cls.from_config(config)
         length = int(scheduler.config.num_train_timesteps)
@@ -49,9 +57,27 @@ def make_scheduler(spec: SamplerSpec) -> Any:
         scheduler.set_timesteps(spec.steps)
         _check(scheduler, spec, name, length)
         _try_step(cls.from_config(config), spec)
-    except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError) as error:
+    except _REFUSALS as error:
         raise InputError(f"scheduler {name} refuses its configuration: {error}") from error
     return scheduler
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Refuse numbers that would be lists of that length, or loops.
+
+    Raises:
+        InputError: naming the entry.
+    """
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        plain = isinstance(value, (str, int, float, list, type(None))) and len(numbers) <= LARGEST_NUMBER
+        if not plain or any(isinstance(n, (list, dict)) for n in numbers):
+            raise InputError(
+                f"scheduler: {str(name)[:80]} is a {type(value).__name__}, expected a number, a text or a list"
+            )
+        counts = [n for n in numbers if isinstance(n, (int, float)) and math.isfinite(n)]  # bounds may be infinite
+        if any(abs(n) > LARGEST_NUMBER for n in counts):
+            raise InputError(f"scheduler: {str(name)[:80]} is {str(value)[:40]}, allowed up to {LARGEST_NUMBER}")
 
 
 def _try_step(scheduler: Any, spec: SamplerSpec) -> None:
@@ -127,10 +153,10 @@ def read_scheduler(path: Path) -> dict[str, Any]:
         InputError: missing, malformed, or without ``_class_name``.
     """
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"cannot read scheduler file {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"scheduler file {path} is not JSON: {error}") from None
     if not isinstance(config, dict) or "_class_name" not in config:
         raise InputError(f"scheduler file {path} has no _class_name; expected a diffusers scheduler_config.json")

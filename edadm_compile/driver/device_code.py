@@ -156,7 +156,7 @@ def retarget(
         EdadmError: an unreadable file, or code that cannot be made. `output` is written whole or not at all.
     """
     check_writable(output)
-    artifact = read(path)
+    artifact = read(path, device_code=False)  # the old code is replaced unread
     if options.targets:
         check_has_form(artifact)
     options = fitted(options, store, artifact.manifest.get("beyond_float16"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from edadm_compile.errors import InputError
+from edadm_compile.frontend.zip_check import check_zip, is_zip
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _KEYS = ("x", "images", "arr_0")
@@ -93,13 +95,22 @@ def _decode(path: Path, shape: tuple[int, int, int]) -> Any:
             if image.mode not in _EIGHT_BITS:
                 raise InputError(f"--data: {path} has pixels of mode {image.mode!r}; allowed are 8 bits per channel")
             return numpy.asarray(image.convert(_MODES[c])).reshape(h, w, c)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"--data: {path} cannot be decoded: {error}") from None
+
+
+#: What numpy raises of a file that is not, or not soundly, what it writes (MemoryError: sizes that nothing can have).
+_UNREADABLE = (
+    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, NotImplementedError,
+    MemoryError, KeyError, SyntaxError,
+)  # fmt: skip
 
 
 def _array(path: Path, shape: tuple[int, int, int]) -> Any:
     """The images of an npz file, of a legal type and layout."""
     try:
+        if is_zip(path):
+            check_zip(path)
         with numpy.load(path, allow_pickle=False) as archive:
             names = list(getattr(archive, "files", []))
             key = next((k for k in _KEYS if k in names), None)
@@ -108,10 +119,9 @@ def _array(path: Path, shape: tuple[int, int, int]) -> Any:
                     f"--data {path} holds {', '.join(names) or 'no array'}; expected a key {', '.join(_KEYS)}"
                 )
             array = archive[key]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(
-            f"--data {path} is not an npz file of plain arrays: {str(error).splitlines()[0].split('. ')[0]}"
-        ) from None
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise InputError(f"--data {path} is not an npz file of plain arrays: {reason}") from None
     c, h, w = shape
     expected = f"uint8 {['N', h, w, c]} or float {['N', c, h, w]} in [-1, 1]".replace("'", "")
     layout = (h, w, c) if array.dtype == numpy.uint8 else (c, h, w)

@@ -13,7 +13,7 @@ from torch import Tensor
 from edadm_compile.calibration import guidance, sampler
 from edadm_compile.config import QuantConfig
 from edadm_compile.driver.options import load_options
-from edadm_compile.errors import ContractError, InputError
+from edadm_compile.errors import ArtifactError, ContractError, InputError
 from edadm_compile.evaluate import contract
 from edadm_compile.evaluate.compare import compare_noise
 from edadm_compile.frontend import Source, load_source
@@ -24,6 +24,7 @@ from edadm_compile.passes.insert_quant import layer_name
 from edadm_compile.pipeline import capture, float_passes
 from edadm_compile.report.tables import console
 from edadm_compile.runtime.artifact import Artifact, read
+from edadm_compile.runtime.running import running
 
 #: Layer by layer the match is exact to rounding. End to end a code that sits on a tie may flip, and each flip moves
 #: later codes: the two runs then carry different rounding noise of the same size. What must agree is its size (dB).
@@ -51,7 +52,40 @@ def run(
     progress.stage("float model", None)
     source = load_source(reference, load_options(options, loaded.lowered.sampler))
     same_inputs(source, loaded)
-    settings = loaded.manifest["config"]
+    with running(f"{artifact} cannot be compared with its reference"):
+        result = compare(loaded, reference_of(source, loaded, count, seed), seed, progress)
+    return {"artifact": str(artifact), "reference": str(reference), **result}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The float model on its own trajectories.
+
+    Attributes:
+        program: after the passes that the artifact's program went through.
+        x, conditions: starts of the trajectories.
+        states: inputs at three steps of them, as one batch.
+        weights: float weights, output channels first, by layer name.
+        sha256: of the file it came from.
+    """
+
+    program: Program
+    x: Tensor
+    conditions: list[Tensor]
+    states: list[Tensor]
+    weights: dict[str, tuple[Tensor, int]]
+    sha256: str | None
+
+
+def reference_of(source: Source, loaded: Artifact, count: int, seed: int) -> Reference:
+    """Run the float model for the artifact's sampler.
+
+    Raises:
+        ArtifactError: the file does not say how it was compiled.
+    """
+    settings = loaded.manifest.get("config")
+    if settings is None:
+        raise ArtifactError("the file does not say with which settings it was compiled: its manifest has no 'config'")
     config = QuantConfig(attention=str(settings["attention"]), deploy=settings.get("deploy"))
     program = run_passes(
         capture(dataclasses.replace(source, sampler=loaded.lowered.sampler)), float_passes(), Context(config)
@@ -61,18 +95,21 @@ def run(
     null = program.sampler.null
     conditions = sampler.draw_conditions(loaded.lowered.signature, count, generator, source.conditions, null)
     states = _states(program, x, conditions)
+    return Reference(program, x, conditions, states, _float_weights(program), source.origin.get("sha256"))
+
+
+def compare(loaded: Artifact, reference: Reference, seed: int, progress: Progress | None = None) -> dict[str, Any]:
+    """All comparisons of `run`."""
+    progress = progress or Silent()
     progress.stage("layers", None)
-    layers = contract.check_layers(loaded.qdq, loaded.lowered, states)
-    weights = contract.check_weights(loaded.qdq, _float_weights(program))
+    layers = contract.check_layers(loaded.qdq, loaded.lowered, reference.states)
     result: dict[str, Any] = {
-        "artifact": str(artifact),
-        "reference": str(reference),
         "layers": [dataclasses.asdict(r) for r in layers],
-        "weights": weights,
+        "weights": contract.check_weights(loaded.qdq, reference.weights),
     }
     progress.stage("end to end", None)
-    result["end_to_end"] = _end_to_end(program, loaded, x, conditions, seed)
-    result["same_model"] = same_model(source, loaded)
+    result["end_to_end"] = _end_to_end(reference.program, loaded, reference.x, reference.conditions, seed)
+    result["same_model"] = bool(reference.sha256 == loaded.manifest.get("source", {}).get("sha256"))
     result["broken"] = _broken(result)
     return result
 
@@ -100,7 +137,7 @@ def _named(inputs: list[tuple[str, tuple[int, ...]]]) -> str:
 
 def same_model(source: Source, loaded: Artifact) -> bool:
     """Whether the reference file is byte for byte the one that was compiled."""
-    return bool(source.origin.get("sha256") == loaded.manifest["source"].get("sha256"))
+    return bool(source.origin.get("sha256") == loaded.manifest.get("source", {}).get("sha256"))
 
 
 def _states(program: Program, x: Tensor, conditions: list[Tensor]) -> list[Tensor]:

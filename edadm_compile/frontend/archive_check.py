@@ -8,7 +8,9 @@ caller: ``program.module(check_guards=False)``.
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -16,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from edadm_compile.errors import InputError
+from edadm_compile.frontend.torch_file_check import check_torch_bytes
+from edadm_compile.frontend.zip_check import check_zip
 
 _LARGEST_JSON = 256 * 2**20
 #: Below the archive's root folder.
@@ -40,12 +45,16 @@ def check_archive(path: Path) -> None:
     """Look through an archive without opening it with torch.
 
     Raises:
-        InputError: an entry, an operator or an expression that a network of ATen operators does not need.
+        InputError: an entry, an operator or an expression that a network of ATen operators does not need, or an
+            archive that would unpack to far more than it is (`check_zip`).
     """
+    entries = check_zip(path)
     with zipfile.ZipFile(path) as archive:
-        names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if len(names) != len(archive.infolist()):  # two readers may choose different ones
+        names = {info.filename.partition("/")[2]: info for info in entries}
+        if len(names) != len(entries):  # two folders
             raise InputError(f"{path} holds two entries of one name; {_ADVICE}")
+        if any(name.endswith("serialized_exported_program.json") for name in names):
+            raise InputError(f"{path} was written by an older torch; {_ADVICE} of torch {torch.__version__}")
         for name in names:
             if not _ENTRIES.fullmatch(name):
                 raise InputError(f"{path}: entry {name!r} could run code when opened; {_ADVICE}")
@@ -53,9 +62,40 @@ def check_archive(path: Path) -> None:
             if name.endswith(".json"):
                 if info.file_size > _LARGEST_JSON:
                     raise InputError(f"{path}: entry {name!r} has {info.file_size} bytes, allowed {_LARGEST_JSON}")
-                _check_json(path, json.loads(archive.read(info)))
+                _check_json(path, _json(path, archive.read(info)))
             elif name.endswith(".pt"):
                 _check_inputs(path, archive, info)
+
+
+def _json(path: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise InputError(f"{path}: JSON that is nested too deeply; {_ADVICE}") from None
+
+
+def open_archive(path: Path, trusted: bool = False) -> ExportedProgram:
+    """Open an archive; torch prints no traceback of what it cannot read.
+
+    Args:
+        trusted: do not look through it first.
+
+    Raises:
+        InputError: as `check_archive`.
+        Exception: whatever torch raises of an archive it cannot read.
+    """
+    if not trusted:
+        check_archive(path)
+    log = logging.getLogger("torch.export")
+    log.addFilter(_nothing)
+    try:
+        return torch.export.load(path)
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 _ADVICE = "export a network of torch operators on plain tensors with torch.export.save"
@@ -91,7 +131,9 @@ def _check_inputs(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
     """Example inputs are a torch file; torch.export opens it as a pickle when the safe way fails, so it must not fail."""
     if info.file_size == 0:
         return
-    with archive.open(info) as stream:
+    data = archive.read(info)
+    check_torch_bytes(path, data)
+    with io.BytesIO(data) as stream:
         try:
             torch.load(stream, map_location="cpu", weights_only=True)
         except Exception:

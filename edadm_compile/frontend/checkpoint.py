@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from edadm_compile.errors import InputError
 from edadm_compile.frontend.added_conditions import takes_added_conditions
 from edadm_compile.frontend.prompts import Encoded
+from edadm_compile.frontend.size_check import check_fits
 from edadm_compile.frontend.source import Source, source_from_module
 from edadm_compile.ir.program import SamplerSpec
 
@@ -62,8 +63,10 @@ def load(
         raise InputError(f"{path}: checkpoint has no dictionary {missing[0]!r}")
     if not isinstance(value["model"].get("config") or {}, dict):
         raise InputError(f"{path}: checkpoint's model has no dictionary 'config'")
-    config = dict(value["model"].get("config") or {})
-    model = build(str(value["model"].get("class_name")), config, str(path))
+    class_name, config = str(value["model"].get("class_name")), dict(value["model"].get("config") or {})
+    shapes = shapes_of(value["state_dict"], str(path))
+    check_fits(lambda: build(class_name, config, str(path)), config, shapes, str(path))
+    model = build(class_name, config, str(path))
     load_weights(model, value["state_dict"], str(path))
     steps = (value.get("sampler") or {}).get("steps")
     return diffusers_source(model, sampler(value.get("scheduler"), steps), shape, conditions(config), origin)
@@ -89,6 +92,20 @@ def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
     return model
 
 
+def shapes_of(state: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a state dict's tensors by name.
+
+    Raises:
+        InputError: an entry that is no tensor.
+    """
+    foreign = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    if foreign:
+        raise InputError(
+            f"{where}: state dict entry {str(foreign[0])[:200]!r} is a {type(state[foreign[0]]).__name__}, expected tensors only"
+        )
+    return {str(k): tuple(v.shape) for k, v in state.items()}
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict strictly.
 
@@ -98,11 +115,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
     Raises:
         InputError: missing, unexpected or wrongly shaped tensors.
     """
-    foreign = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if foreign:
-        raise InputError(
-            f"{where}: state dict entry {foreign[0]!r} is a {type(state[foreign[0]]).__name__}, expected tensors only"
-        )
+    shapes_of(state, where)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -25,6 +25,8 @@ def read_conditions(path: Path | None, option: str = "--cond") -> dict[str, Tens
         return {}
     from safetensors.torch import load_file
 
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: not a readable safetensors file: it is no regular file")
     try:
         tensors = load_file(path)
     except Exception as error:

@@ -14,10 +14,13 @@ from edadm_compile.calibration.sampler import read_scheduler
 from edadm_compile.errors import InputError
 from edadm_compile.frontend import checkpoint
 from edadm_compile.frontend.prompts import Encoded
+from edadm_compile.frontend.size_check import check_fits
 from edadm_compile.frontend.source import Source
 from edadm_compile.ir.program import SamplerSpec
+from edadm_compile.texts import read_text
 
 _WEIGHTS = "diffusion_pytorch_model"
+_MOST_FILES = 1000
 
 
 def load(
@@ -40,16 +43,18 @@ def load(
     if not config_file.exists():
         raise InputError(f"{folder} is not a diffusers model: neither config.json nor unet/config.json is there")
     try:
-        config = json.loads(config_file.read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(read_text(config_file))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{config_file} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(
             f"{config_file} holds a {type(config).__name__}, expected the configuration of a diffusers UNet"
         )
     spec = sampler(_find_scheduler(model_dir))
-    model = checkpoint.build(str(config.get("_class_name")), config, str(config_file))
     files = _weight_files(model_dir)
+    class_name = str(config.get("_class_name"))
+    check_fits(lambda: checkpoint.build(class_name, config, str(config_file)), config, _shapes(files), str(model_dir))
+    model = checkpoint.build(class_name, config, str(config_file))
     state: dict[str, Tensor] = {}
     digest = hashlib.sha256()
     from safetensors.torch import load_file
@@ -67,13 +72,31 @@ def load(
     return checkpoint.diffusers_source(model, spec, shape, conditions(config), origin)
 
 
+def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights by name, from the headers of their files."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is not a readable safetensors file: it is missing, or no regular file")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes.update({name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+        except Exception as error:
+            raise InputError(f"{file} is not a readable safetensors file: {error}") from None
+    return shapes
+
+
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{_WEIGHTS}.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{index} is not a safetensors index with a weight_map: {error}") from None
+        if len(names) > _MOST_FILES or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{index} names {len(names)} files, allowed {_MOST_FILES}")
         return [folder / Path(name).name for name in names]
     candidates = [folder / f"{_WEIGHTS}.safetensors", folder / f"{_WEIGHTS}.fp16.safetensors"]
     found = [file for file in candidates if file.exists()][:1]

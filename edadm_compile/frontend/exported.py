@@ -12,33 +12,46 @@ from torch.export import ExportedProgram
 
 from edadm_compile.calibration.schedulers import fractional_timestep
 from edadm_compile.errors import InputError
+from edadm_compile.frontend.archive_check import open_archive
 from edadm_compile.frontend.source import Source
+from edadm_compile.frontend.zip_check import is_zip
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from edadm_compile.passes.capture import MAX_BATCH
 
 
 def is_exported_program(path: Path) -> bool:
     """Whether a file is a torch.export archive."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # only the end of it is that of an archive
+        return False
     return any(n.endswith(("archive_format", "serialized_exported_program.json")) for n in names)
 
 
-def load(path: Path, sampler: SamplerSpec, pool: dict[str, Tensor], origin: dict[str, Any]) -> Source:
+def load(
+    path: Path, sampler: SamplerSpec, pool: dict[str, Tensor], origin: dict[str, Any], trusted: bool = False
+) -> Source:
     """Load an archive; shapes, names and batch limits come from the program itself.
 
+    Args:
+        trusted: the archive may hold what can run code (``--trust-pickle``).
+
     Raises:
-        InputError: unreadable, or inputs that are not (x [B, C, H, W], t [B], *conditions [B, ...]).
+        InputError: unreadable, able to run code, or inputs that are not (x [B, C, H, W], t [B], *conditions [B, ...]).
     """
     try:
-        program = torch.export.load(path)
+        program = open_archive(path, trusted)
+        signature = _signature(program, path, pool)
+    except InputError:
+        raise
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise InputError(
-            f"{path} is a torch.export archive that this torch {torch.__version__} cannot read: {str(error).splitlines()[0]}"
+            f"{path} is a torch.export archive that this torch {torch.__version__} cannot read: {reason}"
         ) from error
-    signature = _signature(program, path, pool)
     fractional = fractional_timestep(sampler)
     if fractional is not None and not signature.inputs[1].dtype.is_floating_point:
         raise InputError(

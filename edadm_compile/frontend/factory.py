@@ -13,15 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from edadm_compile.errors import EdadmError, InputError
+from edadm_compile.frontend.torch_file import read_torch_file
+from edadm_compile.frontend.zip_check import is_zip
 
 
 def pickle_message(path: Path, error: Exception) -> str:
     """Why torch's restricted unpickler refused a file, and what to do."""
     foreign = f"{path} is not a model file: neither a torch file, a .pt2 archive nor safetensors"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("data.pkl") for name in archive.namelist()):
-                return foreign
+    if is_zip(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                    return foreign
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            return f"{path} is a damaged torch file; copy or save it again"
     else:
         with path.open("rb") as stream:
             start = stream.read(2)
@@ -29,7 +34,7 @@ def pickle_message(path: Path, error: Exception) -> str:
             return f"{path} is a damaged torch file: its end is missing; copy or save it again"
         if not start.startswith(b"\x80"):
             return foreign
-    reason = str(error).split(". ")[0].splitlines()[0][:200]
+    reason = (str(error).split(". ")[0].splitlines() or [type(error).__name__])[0][:200]
     return (
         f"{path} is a pickled Python object, which can run any code when opened ({reason}). Three safe ways: "
         "(1) torch.export.save(torch.export.export(model, (x, t)), 'model.pt2') and compile that; "
@@ -122,7 +127,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         except Exception as error:
             raise InputError(f"{path} is not a safetensors file: {error}") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_torch_file(path)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(pickle_message(path, error)) from None
     for key in ("state_dict", "model_state_dict", "model"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.errors import InputError
-from edadm_compile.frontend.archive_check import check_archive
+from edadm_compile.frontend.archive_check import open_archive
 from edadm_compile.frontend.exported import batch_range, is_exported_program
 
 #: A file of this name beside the reference model is used when no other is given.
@@ -72,8 +72,7 @@ def load_extractor(path: Path, shape: tuple[int, ...]) -> Extractor:
     if not is_exported_program(path):
         raise InputError(f"--features {path} is another kind of file; {_EXPECTED}")
     try:
-        check_archive(path)
-        program = torch.export.load(path)
+        program = open_archive(path)
         call = program.module(check_guards=False)  # guards are code from the file; shapes are checked here
     except InputError:
         raise

@@ -73,6 +73,8 @@ def load_source(path: Path, options: LoadOptions | None = None) -> Source:
 def _load(path: Path, options: LoadOptions) -> Source:
     if not path.exists():
         raise InputError(f"{path} does not exist")
+    if not path.is_dir() and not path.is_file():
+        raise InputError(f"{path} is neither a file nor a folder")
     if path.is_dir():
         return diffusers_folder.load(
             path,
@@ -83,7 +85,8 @@ def _load(path: Path, options: LoadOptions) -> Source:
     origin = {"file": path.name, "sha256": sha256(path)}
     if exported.is_exported_program(path):
         pool = _conditions(options, path, {}).conditions
-        return exported.load(path, _sampler(options, _scheduler_beside(path), None), pool, origin)
+        sampler = _sampler(options, _scheduler_beside(path), None)
+        return exported.load(path, sampler, pool, origin, trusted=options.trust_pickle)
     if options.factory is not None:
         pool = _conditions(options, path, {}).conditions
         module = from_factory(options.factory, path)
@@ -128,7 +131,9 @@ def _load_original(weights: Weights, path: Path, options: LoadOptions, origin: d
 def _load_pickle_like(path: Path, options: LoadOptions, origin: dict[str, Any]) -> Source:
     """torch.save files: our checkpoint dictionary, the authors' ones, a bare state dict, or a pickled module."""
     try:
-        value = read_torch_file(path)
+        value = read_torch_file(path, check=not options.trust_pickle)
+    except InputError:
+        raise
     except Exception as error:
         if not options.trust_pickle:
             raise InputError(pickle_message(path, error)) from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from edadm_compile.frontend.torch_file_check import check_torch_file
+from edadm_compile.frontend.zip_check import is_zip
 
 #: Trainers keep their own objects beside the weights. Objects of these packages are read as empty stand-ins.
 _BOOKKEEPING = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "argparse.")
@@ -31,16 +33,22 @@ class _StandIn:
         return self
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, *, check: bool = True) -> Any:
     """The plain values and tensors of a file; tensors stay on the disk until they are used (memory map).
 
     The unpickler is torch's restricted one (``weights_only=True``). PyTorch Lightning checkpoints, such as those of latent
     diffusion, name classes of their trainer beside the weights; these are replaced by stand-ins, nothing is imported.
 
+    Args:
+        check: look the file through first (`torch_file_check`).
+
     Raises:
+        InputError: sizes that are not those of the contents.
         Exception: of torch's, for a file that holds other objects or is none of torch's.
     """
-    mapped = zipfile.is_zipfile(path)
+    if check:
+        check_torch_file(path)
+    mapped = is_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:

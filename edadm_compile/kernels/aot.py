@@ -7,7 +7,7 @@ import queue
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def _cubin(job: Job, reply: dict[str, Any]) -> Cubin:
     if "error" in reply:
         raise TargetError(f"cannot compile {job}: {reply['error']}")
     data = base64.b64decode(reply.pop("data"))
-    return Cubin.from_json(reply, data)
+    return Cubin.from_json({**reply, "request": job.request.digest}, data)
 
 
 def _checked(job: Job, cubin: Cubin) -> Cubin:
@@ -181,4 +181,4 @@ def _checked(job: Job, cubin: Cubin) -> Cubin:
         raise TargetError(
             f"cannot run {job}: it needs {cubin.shared} bytes of shared memory, allowed {limit}; use a smaller tile"
         )
-    return cubin
+    return replace(cubin, request=job.request.digest)

@@ -30,6 +30,7 @@ class Cubin:
         params: PTX types of the parameters in order. The last ones, beyond the launch's own arguments, are scratch
             pointers of the compiler; nothing is allocated for them and they are passed as null.
         overlaps: waits for the launches before it by itself, so that it may be enqueued to start early.
+        request: `KernelRequest.digest` of what it was compiled for; a launch of other numbers must not run it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Cubin:
     spills: int
     params: tuple[str, ...]
     overlaps: bool = False
+    request: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the bytes, as JSON values."""
@@ -51,6 +53,7 @@ class Cubin:
             "spills": self.spills,
             "params": list(self.params),
             "overlaps": self.overlaps,
+            **({"request": self.request} if self.request else {}),
         }
 
     @classmethod
@@ -63,9 +66,9 @@ class Cubin:
         numbers = ("shared", "num_warps", "registers", "spills")
         if (
             not isinstance(value, dict)
-            or set(value) != {"name", "params", "overlaps", *numbers}
+            or set(value) - {"request"} != {"name", "params", "overlaps", *numbers}
             or type(value["overlaps"]) is not bool
-            or not isinstance(value["name"], str)
+            or not all(isinstance(value.get(n, ""), str) and len(value.get(n, "")) <= 4096 for n in ("name", "request"))
             or any(type(value[n]) is not int or value[n] < 0 for n in numbers)
             or not isinstance(value["params"], list)
             or not all(isinstance(p, str) for p in value["params"])

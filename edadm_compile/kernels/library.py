@@ -14,6 +14,14 @@ from edadm_compile.kernels import reference
 from edadm_compile.kernels.launch import Launch
 from edadm_compile.quant import packing
 
+#: Element types by name.
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (
+        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
+        torch.int64, torch.bool,
+    )
+}  # fmt: skip
 #: Largest magnitude below which float32 holds every integer.
 _FLOAT32_EXACT = 1 << 24
 
@@ -42,7 +50,7 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict) and "float" in value:
         return float(value["float"])
     if isinstance(value, dict):
-        return tensors[value["role"]] if "role" in value else getattr(torch, value["dtype"])
+        return tensors[value["role"]] if "role" in value else DTYPES[value["dtype"]]
     return value
 
 

@@ -9,27 +9,10 @@ from typing import Any
 import torch
 
 from edadm_compile.errors import ArtifactError
-from edadm_compile.ir.ops import FLOAT_OPS, LOWERED_OPS
-from edadm_compile.kernels.constants import TRANSFORMS
-from edadm_compile.kernels.launch import (
-    ALIGNMENT,
-    Buffer,
-    ConstantSpec,
-    Launch,
-    LaunchPlan,
-    Operand,
-    Tile,
-)
-from edadm_compile.kernels.registry import kernel, kernel_names
+from edadm_compile.kernels.launch import Buffer, ConstantSpec, Launch, LaunchPlan, Operand, Tile
+from edadm_compile.kernels.library import DTYPES
+from edadm_compile.kernels.plan_check import check
 
-_DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
-        torch.int64, torch.bool,
-    )
-}  # fmt: skip
-_SPACES = ("arena", "constant", "input", "output", "counter")
 #: No buffer, and no arena, of a plan that is meant to run anywhere is larger.
 _LIMIT = 1 << 40
 
@@ -75,21 +58,29 @@ def from_json(text: str) -> LaunchPlan:
     """
     try:
         value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"launch plan: malformed ({str(error)[:200]})") from None
+    return from_value(value)
+
+
+def from_value(value: Any) -> LaunchPlan:
+    """As `from_json`, of parsed text."""
+    try:
         plan = LaunchPlan(
-            str(value["arch"]), _count(value["batch"]), _DTYPES[value["store"]],
+            _text(value["arch"]), _count(value["batch"]), DTYPES[value["store"]],
             tuple(_launch_from(launch) for launch in value["launches"]),
-            tuple(Buffer(_count(b[0]), int(b[1]), int(b[2]), _count(b[3]), str(b[4])) for b in value["buffers"]),
+            tuple(_buffer_from(*b) for b in value["buffers"]),
             _count(value["arena"]),
-            {n: ConstantSpec(tuple(c[0]), str(c[1]), dict(c[2])) for n, c in value["constants"].items()},
+            {n: ConstantSpec(tuple(map(_text, s)), _text(t), dict(a)) for n, (s, t, a) in value["constants"].items()},
             _count(value["counters"]),
-            {n: (_shape(shape), _DTYPES[dtype]) for n, shape, dtype in value["inputs"]},
+            {_text(n): (_shape(shape), DTYPES[dtype]) for n, shape, dtype in value["inputs"]},
             _shape(value["output"]), _count(value["conditioning"]),
-            {n: (_count(column), _shape(shape)) for n, column, shape in value["tables"]},
+            {_text(n): (_count(column), _shape(shape)) for n, column, shape in value["tables"]},
         )  # fmt: skip
         check(plan)
     except ArtifactError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ArtifactError(f"launch plan: malformed ({type(error).__name__}: {str(error)[:200]})") from None
     return plan
 
@@ -101,80 +92,40 @@ def _count(value: Any) -> int:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(_count(n) for n in value)
+    shape = tuple(_count(n) for n in value)
+    if len(shape) > 16 or math.prod(shape) > _LIMIT:
+        raise ValueError(f"got {str(value)[:80]}, expected a shape")
+    return shape
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"got {str(value)[:80]}, expected a text")
+    return value
+
+
+def _buffer_from(size: Any, first: Any, last: Any, offset: Any, name: Any) -> Buffer:
+    return Buffer(_count(size), _count(first), _count(last + 1) - 1, _count(offset), _text(name))
 
 
 def _launch_from(value: dict[str, Any]) -> Launch:
     sizes, warps, stages = value["tile"]
     operands = {
-        role: Operand(o[0], o[1], _DTYPES[o[2]], _shape(o[3]), _shape(o[4]), _count(o[5]))
-        for role, o in value["operands"].items()
+        role: Operand(_text(space), _key(key), DTYPES[kind], _shape(shape), tuple(map(_count, strides)), _count(offset))
+        for role, (space, key, kind, shape, strides, offset) in value["operands"].items()
     }
     return Launch(
-        str(value["kernel"]), str(value["layer"]), operands, _numbers(value["constants"]), _numbers(value["scalars"]),
-        Tile(_numbers(sizes), _count(warps), _count(stages)), tuple(value["writes"]), str(value.get("why", "")),
+        _text(value["kernel"]), _text(value["layer"]), operands, _numbers(value["constants"]), _numbers(value["scalars"]),
+        Tile(_numbers(sizes), _count(warps), _count(stages)), tuple(map(_text, value["writes"])), _text(value.get("why", "")),
         value.get("call"),
     )  # fmt: skip
+
+
+def _key(value: Any) -> int | str:
+    return value if isinstance(value, str) else _count(value)
 
 
 def _numbers(value: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(v, (int, float, bool)) for v in value.values()):
         raise ValueError("constants must be numbers")
     return dict(value)
-
-
-def check(plan: LaunchPlan) -> None:
-    """Refuse plans that reach outside of their memory or name what is not ours.
-
-    Raises:
-        ArtifactError: says which launch or buffer.
-    """
-    for i, buffer in enumerate(plan.buffers):
-        if buffer.offset % ALIGNMENT or buffer.offset + buffer.size > plan.arena:
-            raise ArtifactError(
-                f"launch plan: buffer {i} of {buffer.size} bytes at {buffer.offset} is outside the arena"
-            )
-    for name, spec in plan.constants.items():
-        if spec.transform not in TRANSFORMS:
-            raise ArtifactError(f"launch plan: constant {name} asks for an unknown transform {spec.transform!r}")
-    if not 0 <= plan.conditioning <= len(plan.launches):
-        raise ArtifactError("launch plan: more conditioning launches than launches")
-    for launch in plan.launches:
-        _check_launch(plan, launch)
-
-
-def _check_launch(plan: LaunchPlan, launch: Launch) -> None:
-    if launch.kernel == "torch":
-        if launch.call[0] not in FLOAT_OPS and launch.call[0] not in LOWERED_OPS:
-            raise ArtifactError(f"launch plan: {launch.layer}: unknown operator {launch.call[0]!r}")
-    elif launch.kernel not in kernel_names():
-        raise ArtifactError(f"launch plan: {launch.layer}: unknown kernel {launch.kernel!r}")
-    else:
-        kernel(launch.kernel).values(launch)
-    for role, operand in launch.operands.items():
-        if operand.space not in _SPACES or len(operand.shape) != len(operand.strides):
-            raise ArtifactError(f"launch plan: {launch.layer}: {role} is malformed")
-        room = _room(plan, operand)
-        if room is not None and operand.span > room:
-            raise ArtifactError(
-                f"launch plan: {launch.layer}: {role} ends at byte {operand.span} of {operand.space} {operand.key}, "
-                f"which has {room}"
-            )
-
-
-def _room(plan: LaunchPlan, operand: Operand) -> int | None:
-    """Bytes behind an operand; None for constants, whose size their transform gives."""
-    if operand.space == "arena":
-        if type(operand.key) is not int or not 0 <= operand.key < len(plan.buffers):
-            raise ArtifactError(f"launch plan: there is no buffer {operand.key!r}")
-        return plan.buffers[operand.key].size
-    if operand.space == "input":
-        shape, dtype = plan.inputs[str(operand.key)]
-        return math.prod(shape) * dtype.itemsize
-    if operand.space == "output":
-        return math.prod(plan.output) * 4
-    if operand.space == "constant":
-        if operand.key not in plan.constants:
-            raise ArtifactError(f"launch plan: there is no constant {operand.key!r}")
-        return None
-    return plan.counters * 4

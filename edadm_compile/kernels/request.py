@@ -59,6 +59,11 @@ class KernelRequest:
         return json.dumps(asdict(self), sort_keys=True)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 over the request: ties a compiled kernel in a file to the launches it was compiled for."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
     def key(self) -> str:
         """Name of the compiled result: SHA-256 over the request, the kernels' sources and Triton's version."""
         text = f"{self.to_json()}\n{sources_digest(self.entry.partition(':')[0])}\n{triton_version()}"

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edadm_compile.errors import ArtifactError
 from edadm_compile.ir.program import Program
 from edadm_compile.report.mixed_tables import print_mixed
 from edadm_compile.report.truth import describe, totals, truth_table
@@ -15,8 +16,9 @@ from edadm_compile.runtime.artifact import Artifact
 
 def console() -> Console:
     """A console for results (standard output), wide enough for tables when not a terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=160)
+    # no markup: names come from files, and [brackets] in them are no colours
+    found = Console(markup=False, emoji=False)
+    return found if found.is_terminal else Console(markup=False, emoji=False, width=160)
 
 
 def human(size: float) -> str:
@@ -27,7 +29,7 @@ def human(size: float) -> str:
 def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
     """Everything ``inspect`` shows, as plain values."""
     manifest = artifact.manifest
-    config = manifest.get("config", {})
+    config = manifest.get("config") or {}
     rows = truth_table(artifact.lowered, f"w{config.get('weight_bits')}a{config.get('act_bits')}")
     signature = artifact.lowered.signature
     return {
@@ -59,7 +61,14 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
 
 
 def print_inspect(report: dict[str, Any]) -> None:
-    """Print the truth table, totals and provenance."""
+    """Print the truth table, totals and provenance.
+
+    Raises:
+        ArtifactError: a file without provenance (one that Python code wrote without a manifest).
+    """
+    missing = [name for name in ("config", "source", "average_bits", "versions") if report[name] is None]
+    if missing:
+        raise ArtifactError(f"inspect: the file's manifest has no entry {missing[0]!r}; --json shows what it has")
     out = console()
     table = Table(
         title=f"{report['config']['method']} w{report['config']['weight_bits']}a{report['config']['act_bits']}",

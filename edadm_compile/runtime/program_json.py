@@ -27,7 +27,8 @@ MAX_NODES = 100_000
 MAX_DEPTH = 8
 MAX_STRING = 4_096
 
-_DTYPES = {str(d).removeprefix("torch."): d for d in (
+#: Element types by name.
+DTYPES = {str(d).removeprefix("torch."): d for d in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.uint8, torch.bool,
 )}  # fmt: skip
@@ -38,6 +39,8 @@ _FORMATS = {
 }
 
 
+#: Names that a module has already; a constant cannot take them.
+_TAKEN = frozenset(dir(torch.nn.Module()))
 _KINDS = {"placeholder": "p", "get_attr": "a", "call_function": "f", "output": "o"}
 _DROPPED = ("device", "layout", "pin_memory")  # programs are device free
 
@@ -110,7 +113,7 @@ def graph_from_json(
             nodes.append(_node(graph, root, record, nodes, tensors, dialect, layers))
         except ArtifactError:
             raise
-        except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise ArtifactError(f"program node {len(nodes)}: malformed ({type(error).__name__}: {error})") from None
     if nodes[-1].op != "output":
         raise ArtifactError("program: the last node is not the output")
@@ -120,9 +123,14 @@ def graph_from_json(
         raise ArtifactError(f"program: malformed ({type(error).__name__}: {error})") from None
 
 
-def _is_name(text: str) -> bool:
+def is_name(text: str) -> bool:
     """Whether `text` is a plain Python name. fx writes names into the code it generates: anything else could be code."""
     return text.isascii() and text.isidentifier() and not keyword.iskeyword(text) and not text.startswith("__")
+
+
+def _is_part(text: str) -> bool:
+    """Whether `text` may be a part of a constant's name."""
+    return (is_name(text) and text not in _TAKEN) or (text.isascii() and text.isdigit())
 
 
 def _node(
@@ -142,11 +150,11 @@ def _node(
         raise ArtifactError("program: nodes after the output")
     args = tuple(_decode(a, nodes, 0) for a in raw)
     kwargs = {k: _decode(v, nodes, 0) for k, v in (record[3] if len(record) > 3 else {}).items()}
-    if not all(_is_name(k) for k in kwargs):
+    if not all(is_name(k) for k in kwargs):
         raise ArtifactError(f"{place}: bad argument name")
-    if kind == "p" and _is_name(target):
+    if kind == "p" and is_name(target):
         node = graph.placeholder(target)
-    elif kind == "a" and all(_is_name(part) or part.isdigit() for part in target.split(".")):
+    elif kind == "a" and all(_is_part(part) for part in target.split(".")):
         set_constant(root, target, tensors(target))
         node = graph.get_attr(target)
     elif kind == "o":
@@ -183,8 +191,8 @@ def _decode(value: Any, nodes: list[fx.Node], depth: int) -> Any:
         ((key, inner),) = value.items()
         if key == "str" and isinstance(inner, str) and len(inner) <= MAX_STRING:
             return inner
-        if key == "dtype" and inner in _DTYPES:
-            return _DTYPES[inner]
+        if key == "dtype" and inner in DTYPES:
+            return DTYPES[inner]
         if key == "float" and inner in ("inf", "-inf", "nan"):
             return float(inner)
         if key == "memory_format" and inner in _FORMATS:
@@ -204,6 +212,17 @@ def _tuples(record: dict[str, Any]) -> dict[str, Any]:
 
 #: Fields that files of earlier versions do not have.
 _NEWER = {"out_scale", "out_zero_point", "float_output"}
+
+
+_TEXTS = ("name", "kind", "role", "executed", "note")
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether the fields that every layer record has are of their types."""
+    texts = all(isinstance(record[k], str) and len(record[k]) <= MAX_STRING for k in _TEXTS)
+    widths = all(type(record[k]) is int and 1 <= record[k] <= 32 for k in ("weight_bits", "act_bits"))
+    shape = record["weight_shape"]
+    return texts and widths and isinstance(shape, list) and all(type(n) is int and 1 <= n <= 1 << 40 for n in shape)
 
 
 def _is_range(record: dict[str, Any]) -> bool:
@@ -235,6 +254,7 @@ def layers_from_json(records: Any) -> list[LayerInfo]:
     fields = {f.name for f in dataclasses.fields(LayerInfo)}
     if not isinstance(records, list) or len(records) > MAX_NODES:
         raise ArtifactError("layers: expected a list")
-    if any(not isinstance(r, dict) or not fields - _NEWER <= set(r) <= fields or not _is_range(r) for r in records):
-        raise ArtifactError("layers: malformed layer record")
+    for number, r in enumerate(records):
+        if not isinstance(r, dict) or not fields - _NEWER <= set(r) <= fields or not (_is_record(r) and _is_range(r)):
+            raise ArtifactError(f"layers: malformed layer record {number}")
     return [LayerInfo(**{**r, **_tuples(r)}) for r in records]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edadm_compile.errors import ArtifactError
 from edadm_compile.ir.program import SamplerSpec, Signature
+from edadm_compile.runtime.limits import DEFAULT, Limits
 
 _PREFIX = "sampler.null."
 
@@ -32,11 +33,14 @@ def sampler_to_json(
     return {**value, "guidance": sampler.guidance, "null": sorted(rows)}
 
 
-def sampler_from_json(value: Any, signature: Signature, tensors: Callable[[str], Tensor]) -> SamplerSpec:
+def sampler_from_json(
+    value: Any, signature: Signature, tensors: Callable[[str], Tensor], limits: Limits = DEFAULT
+) -> SamplerSpec:
     """The sampler of a manifest.
 
     Args:
         tensors: looks a tensor of the file up by name.
+        limits: the most steps, and timesteps of the schedule.
 
     Raises:
         ArtifactError: an entry of the wrong type, or rows that are no conditions of the signature.
@@ -46,8 +50,13 @@ def sampler_from_json(value: Any, signature: Signature, tensors: Callable[[str],
     eta, guidance, names = value.get("eta", 0.0), value.get("guidance", 1.0), value.get("null", [])
     if not isinstance(value.get("scheduler"), dict) or type(value.get("steps")) is not int or not _number(eta):
         raise ArtifactError("sampler: expected a scheduler configuration, a number of steps and eta")
+    length = value["scheduler"].get("num_train_timesteps", 1000)
+    if not 1 <= value["steps"] <= limits.steps or type(length) is not int or not 1 <= length <= limits.steps:
+        raise ArtifactError(f"sampler: {value['steps']} steps of {str(length)[:40]}, allowed 1 to {limits.steps}")
+    if not isinstance(value["scheduler"].get("_class_name"), str):
+        raise ArtifactError("sampler: the scheduler has no _class_name")
     known = [spec.name for spec in signature.conditions]
-    if not _number(guidance) or not isinstance(names, list) or not set(names) <= set(known):
+    if not _number(guidance) or not isinstance(names, list) or not all(n in known for n in names):
         raise ArtifactError(
             f"sampler: guidance {guidance!r} without {names!r} is not understood; conditions are {known}"
         )

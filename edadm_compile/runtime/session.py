@@ -17,6 +17,8 @@ from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.runtime.artifact import Artifact, read
 from edadm_compile.runtime.engines import Engine, make_engine
+from edadm_compile.runtime.limits import DEFAULT, Limits
+from edadm_compile.runtime.running import running
 
 
 @dataclass
@@ -129,8 +131,9 @@ class CompiledModel(nn.Module):
 
         Raises:
             InputError: a missing, unknown or wrongly shaped input.
+            ArtifactError: the program fails on inputs of the right shapes.
         """
-        result = self.engine(*self._bind(args, kwargs))
+        result = self._run(self._bind(args, kwargs))
         x = args[0] if args else kwargs.get(self.signature.inputs[0].name)
         if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16):
             result = result.to(x.dtype)
@@ -140,7 +143,11 @@ class CompiledModel(nn.Module):
 
     def predict(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """The prediction as a plain tensor, whatever the source returned."""
-        return self.engine(*self._bind((x, t, *conditions), {}))
+        return self._run(self._bind((x, t, *conditions), {}))
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        with running("the program cannot run"):
+            return self.engine(*inputs)
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         specs = self.signature.inputs
@@ -192,7 +199,7 @@ def _conform(spec: InputSpec, value: Tensor, batch: int) -> Tensor:
     return result.contiguous()
 
 
-def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> CompiledModel:
+def load(path: str | Path, device: str = "cpu", engine: str | None = None, limits: Limits = DEFAULT) -> CompiledModel:
     """Load a ``.qmod`` file.
 
     Args:
@@ -200,6 +207,7 @@ def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> Co
         device: "cpu", or "cuda" for the compiled kernels in the file.
         engine: "onnxruntime" (fast) or "reference" (pure torch, defines what is right) on the CPU, or "cuda"; by default
             the first of these that the device has.
+        limits: what the file may ask for, such as memory; the defaults are far above any model.
 
     Raises:
         ArtifactError: the file cannot be trusted or understood.
@@ -207,7 +215,7 @@ def load(path: str | Path, device: str = "cpu", engine: str | None = None) -> Co
         TargetError: no GPU here, no code for it in the file, or ONNX Runtime is not installed.
         ExportError: the program has no ONNX form (with ``engine="onnxruntime"``).
     """
-    return from_artifact(read(Path(path)), device, engine)
+    return from_artifact(read(Path(path), limits, device_code=device != "cpu"), device, engine)
 
 
 def from_artifact(artifact: Artifact, device: str = "cpu", engine: str | None = None) -> CompiledModel:

@@ -13,6 +13,7 @@ from edadm_compile.errors import EdadmError, InputError, TargetError
 from edadm_compile.runtime.artifact import Artifact
 from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from edadm_compile.runtime.engines.reference import ReferenceEngine
+from edadm_compile.runtime.running import running
 
 #: Engines by the device type they run on; the first is the default.
 ENGINES = {"cpu": ("onnxruntime", "reference"), "cuda": ("cuda",)}
@@ -61,7 +62,8 @@ def _cpu_engine(name: str | None, artifact: Artifact) -> Engine:
     if name == "reference":
         return ReferenceEngine(artifact.lowered)
     try:
-        return OnnxRuntimeEngine(artifact.qdq)
+        with running("the program has no form for ONNX Runtime"):
+            return OnnxRuntimeEngine(artifact.qdq)
     except EdadmError as error:
         if name is not None:
             raise
