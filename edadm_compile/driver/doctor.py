@@ -19,7 +19,7 @@ from edadm_compile.report.versions import version_of
 #: Smallest versions by distribution, as in pyproject.toml: those of every verb, and those of an extra.
 BASICS = {
     "torch": "2.11", "numpy": "1.26", "scipy": "1.11", "safetensors": "0.5", "diffusers": "0.35", "click": "8.1",
-    "rich": "13.7", "pillow": "10",
+    "rich": "13.7", "pillow": "10", "pyyaml": "6",
 }  # fmt: skip
 EXTRAS = {
     "triton": ("3.6", "pip install 'triton>=3.6'"),

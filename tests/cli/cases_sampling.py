@@ -8,7 +8,7 @@ CASES = [
     ("huge.pt --factory {makers}:small {two}", 5, "the model's prediction at timestep 0 is not finite: layer conv (aten.conv2d.default) makes it of finite values up to …; check the weights, the conditions and the scheduler"),
     ("classes.pt --null-label 1", 2, "--null-label and --uncond are for guidance; give its scale too: --guidance SCALE"),
     ("classes.pt --guidance -1", 2, "--guidance: got -1, allowed is a finite scale of 0 or more; 1 is no guidance"),
-    ("classes.pt --guidance 2", 2, '--guidance 2 needs the unconditional branch: give --null-label K (or "last") for class labels, --uncond FILE.safetensors or --uncond zeros for other conditions; the model takes class_labels []'),
+    ("classes.pt --guidance 2", 2, '--guidance 2 needs the unconditional branch: give --null-label K (or "last") for class labels, --uncond FILE.safetensors or --uncond zeros for other conditions (--prompts brings the empty prompt); the model takes class_labels []'),
     ("class.pt --guidance 2 --null-label 0", 2, "--null-label 0: it is the model's only label, there is none left to be guided by"),
     ("classes.pt --guidance 2 --uncond zeros", 2, "--uncond zeros: no condition of the model is a float tensor; it takes class_labels []"),
     ("classes.pt --guidance 2 --uncond none.cond", 2, "--uncond none.cond: the file holds no tensor; the model takes class_labels []"),

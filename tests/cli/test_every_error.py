@@ -23,6 +23,7 @@ KINDS = {
 
 CRAFTED = "an archive made to do harm: tests/frontend/test_feature_file.py"
 FORGED = "a manifest that was forged with its checksum: tests/runtime/test_artifact.py"
+ORIGINAL = "a checkpoint of the authors' own code: tests/frontend/test_original.py"
 PYTHON = "from Python alone: click or another check refuses it before"
 GPU = "on a machine with a GPU: tests/driver/test_tune.py, tests/driver/test_bench.py"
 BROKEN = "a result that only a bug, or a processor without VNNI, makes: "
@@ -56,7 +57,27 @@ ELSEWHERE = {
     ("driver/tune.py", "{launch.layer}"): GPU,
     ("driver/tune_search.py", "refused"): GPU,
     ("frontend/archive_check.py", ""): CRAFTED,
-    ("frontend/load.py", "_pickle_message"): "text.pt, cut.pt and whole.pt of the table",
+    ("driver/verify.py", "the file does not say"): FORGED,
+    ("frontend/added_conditions.py", ""): "tests/frontend/test_variants.py",
+    ("frontend/autoencoder.py", ""): "an autoencoder: tests/e2e/test_pipelines.py",
+    ("frontend/conditions.py", "{option} {path}: not a readable safetensors file: it is no"): "a pipe",
+    ("frontend/conditions.py", "--cond {tensors} and"): "tests/frontend/test_prompts.py",
+    ("frontend/diffusers_folder.py", "{file} is not a readable safetensors file: it is missing"): "tests/frontend/test_hostile_inputs.py",
+    ("frontend/diffusers_folder.py", "{index} names"): "tests/frontend/test_hostile_inputs.py",
+    ("frontend/factory.py", "pickle_message"): "text.pt, cut.pt and whole.pt of the table",
+    ("frontend/load.py", "pickle_message"): "text.pt, cut.pt and whole.pt of the table",
+    ("frontend/load.py", "{path} is neither"): "a pipe",
+    ("frontend/original.py", "{where}: its first level"): ORIGINAL,
+    ("frontend/original_ddim.py", ""): ORIGINAL,
+    ("frontend/original_openai.py", ""): ORIGINAL,
+    ("frontend/original_settings.py", ""): ORIGINAL,
+    ("frontend/original_weights.py", ""): ORIGINAL,
+    ("frontend/prompts.py", ""): "a pipeline folder: tests/frontend/test_prompts.py",
+    ("frontend/size_check.py", ""): "tests/frontend/test_hostile_inputs.py",
+    ("frontend/torch_file_check.py", ""): "tests/frontend/test_hostile_inputs.py",
+    ("frontend/zip_check.py", ""): "tests/frontend/test_hostile_inputs.py",
+    ("calibration/schedulers.py", "scheduler: {str(name)"): "tests/frontend/test_hostile_inputs.py",
+    ("report/tables.py", "inspect: the file's"): FORGED,
     ("frontend/feature_file.py", "{self.path}: features are"): "tests/frontend/test_feature_file.py",
     ("calibration/collect.py", "bottleneck:"): "graphs without images: tests/calibration/test_collect.py",
     ("calibration/given.py", ""): "samples are given from Python alone: tests/calibration/test_given.py",
@@ -64,8 +85,9 @@ ELSEWHERE = {
     ("calibration/sampler.py", "condition "): "the front end asks for the tensor first, with the same advice",
     ("calibration/schedulers.py", "guidance: got"): PYTHON,
     ("calibration/tdac.py", "bottleneck feature"): "the prediction would not be finite either, which is found first",
-    ("runtime/artifact.py", "signature:"): FORGED,
-    ("runtime/artifact.py", "time "): FORGED,
+    ("runtime/artifact.py", "f'{path}: {error}'"): "every limit and check of what is read: tests/runtime/test_hostile_files.py",
+    ("runtime/artifact.py", "{path}: the manifest widens"): FORGED,
+    ("runtime/artifact.py", "{self._path}: {len(spare)}"): FORGED,
     ("runtime/artifact.py", "{path}: inconsistent"): FORGED,
     ("runtime/artifact.py", "{path}: malformed"): FORGED,
     ("runtime/artifact.py", "{path}: format"): FORGED,

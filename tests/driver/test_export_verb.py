@@ -171,8 +171,8 @@ def test_conditions_of_the_check_come_from_the_user_or_are_drawn(tmp_path):
     save_file({"context": values}, tmp_path / "values.safetensors")
     assert export.run(path, tmp_path / "c.onnx", conditions=tmp_path / "values.safetensors")["check"]["broken"] == []
     signature = edadm_compile.load(path).signature
-    given = export._conditions(signature, None, tmp_path / "values.safetensors")
-    drawn = export._conditions(signature, None, None)
+    given = export._conditions(signature, None, {"conditions": tmp_path / "values.safetensors"})
+    drawn = export._conditions(signature, None, {})
     assert torch.equal(given["context"], values) and drawn["context"].shape == (2, 4)
 
 
