@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.docs import diffs
@@ -139,12 +139,30 @@ def run_page(page: Page, blocks: Iterable[Block]) -> list[str]:
         PageError: a block is wrong, or a file that the page shows is not used.
     """
     told = []
-    for block in blocks:
+    for block in programs(blocks):
         start = time.perf_counter()
         page.run(block)
         told.append(f"{block} {block.language}: {time.perf_counter() - start:.1f} s")
     page.finish()
     return told
+
+
+def programs(blocks: Iterable[Block]) -> list[Block]:
+    """The blocks of a page, with Python that goes on joined to what it goes on from.
+
+    Raises:
+        PageError: nothing is there to go on from.
+    """
+    joined: list[Block] = []
+    for block in blocks:
+        if not block.goes_on:
+            joined.append(block)
+            continue
+        place = next((i for i in reversed(range(len(joined))) if joined[i].language == "python"), None)
+        if place is None or block.language != "python":
+            raise PageError(f"{block}: no Python block in front of it to go on from")
+        joined[place] = replace(joined[place], text=joined[place].text + "\n\n" + block.text)
+    return joined
 
 
 def sessions(block: Block) -> Iterator[tuple[str, str]]:
