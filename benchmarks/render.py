@@ -142,6 +142,8 @@ _PARTS = {
     "TDAC": "TDAC, block losses",
     "FBR": "uniform timesteps, block and layer losses (FBR)",
     "both": "TDAC, block and layer losses (the default)",
+    "FBR, far": "uniform timesteps, layer losses train everything in front of them, as released",
+    "both, far": "the same with TDAC",
     "density alone": "density alone, block losses",
     "diversity alone": "diversity alone, block losses",
     "layer losses alone": "default with layer losses alone",

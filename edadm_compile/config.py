@@ -72,6 +72,7 @@ class ReconstructionConfig:
         lr_scale: Adam learning rate of log(activation scale).
         block_loss_weight: weight of the loss of a block's output (0: layer losses only).
         layer_loss_weight: weight of the losses of the layers inside (0: block loss only).
+        local_layer_losses: whether the loss of an inner layer trains that layer's roundings alone.
         qdrop: probability that an activation element stays unquantized while training.
         rounding_weight: weight of AdaRound's 0/1 regulariser, annealed from b = 20 to 2 (0: off).
         max_layers: largest number of layers in one block.
@@ -85,6 +86,7 @@ class ReconstructionConfig:
     lr_scale: float = 2e-3
     block_loss_weight: float | None = None
     layer_loss_weight: float | None = None
+    local_layer_losses: bool | None = None
     qdrop: float | None = None
     rounding_weight: float | None = None
     max_layers: int = 8
@@ -252,7 +254,7 @@ def _changed(settings: Any) -> dict[str, Any]:
 #: Settings that take the place of a method's own.
 _OVERRIDES = (
     "selection", "ranges", "symmetric", "split", "mean_correction", "block_loss_weight", "layer_loss_weight", "qdrop",
-    "rounding_weight",
+    "local_layer_losses", "rounding_weight",
 )  # fmt: skip
 
 

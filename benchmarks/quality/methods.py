@@ -55,6 +55,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "TDAC": {"loss": "block"},
     "FBR": {"selection": "uniform"},
     "both": {},
+    "FBR, far": {"selection": "uniform", "local_layer_losses": False},
+    "both, far": {"local_layer_losses": False},
     "density alone": {"selection": "density", "loss": "block"},
     "diversity alone": {"selection": "diversity", "loss": "block"},
     "layer losses alone": {"loss": "layer"},
@@ -64,7 +66,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no mean correction": {"mean_correction": False},
 }
 #: Settings without an option on the command line.
-_FILE_ONLY = ("mean_correction", "rounding_weight", "simulated")
+_TRAINED = ("rounding_weight", "local_layer_losses")
+_FILE_ONLY = ("mean_correction", "simulated", *_TRAINED)
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4")
 FIGURES = (
     "sqnr_db", "sqnr_without_last_step_db", "worst_step_db", "psnr_median_db", "recognised_percent", "frechet_to_real",
@@ -80,9 +83,8 @@ def configuration(settings: dict[str, Any], width: str, seed: int, iters: int, s
     config = make_config(options, None)
     if "mean_correction" in settings:
         config = replace(config, mean_correction=settings["mean_correction"])
-    if "rounding_weight" in settings:
-        trained = replace(config.reconstruction, rounding_weight=settings["rounding_weight"])
-        config = replace(config, reconstruction=trained)
+    trained = {name: settings[name] for name in _TRAINED if name in settings}
+    config = replace(config, reconstruction=replace(config.reconstruction, **trained))
     return config
 
 
@@ -218,7 +220,7 @@ def complete(
     if args.uniform:
         table = {name: {**settings, "uniform": True} for name, settings in table.items()}
         about = {**about, "uniform": True}
-    names = args.only.split(",") if args.only else list(table)
+    names = args.only.split(";" if ";" in args.only else ",") if args.only else list(table)
     if unknown := [n for n in names if n not in table]:
         parser.error(f"unknown {', '.join(unknown)}; known are {', '.join(table)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
