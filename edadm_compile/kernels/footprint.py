@@ -148,7 +148,7 @@ def _matmul(v: Values, count: int, per_image: int, asynchronous: bool) -> dict[s
     if planar:
         found["out"] = Reach(count * v["O"], _FLOATS)
     if v["ROW"]:
-        found["row"] = Reach((count // per_image - 1) * v["ROW_STRIDE"] + v["O"], _FLOAT32)
+        found["row"] = Reach((count // per_image - 1) * v["ROW_STRIDE"] + v["O"], _FLOATS)
     if v["RESIDUAL"]:
         found["residual"] = Reach((count - 1) * v["RES_STRIDE"] + v["O"], _FLOATS)
     if v["STATS"]:

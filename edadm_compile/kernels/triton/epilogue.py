@@ -81,7 +81,7 @@ def add_row(
     value, row_ptr, rows, pixel, tile_n, mask, O: tl.constexpr, ROW_STRIDE: tl.constexpr, PER_IMAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Add the image's float32 row of O values to each of its pixels."""
+    """Add the image's row of O floating point values to each of its pixels."""
     if PER_IMAGE % BLOCK_N == 0:  # one image per tile: a vector instead of a gather
         image = (tile_n // (PER_IMAGE // BLOCK_N)).to(tl.int64)
         row = tl.load(row_ptr + image * ROW_STRIDE + rows, mask=rows < O)
