@@ -13,7 +13,10 @@ from mkdocs.structure.nav import Navigation
 ROOT = Path(__file__).resolve().parents[2]
 #: Where files of the repository outside docs/ are put in the site.
 _OUTSIDE = "repository"
-_LINK = re.compile(r"\]\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)")
+#: A link or picture of Markdown, or of an HTML element in it.
+_LINK = re.compile(
+    r"(?P<start>\]\(|\b(?:src|srcset|href)=\")(?P<target>[^()\s#\"]+)(?P<anchor>#[^()\s\"]*)?(?P<end>[)\"])",
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -43,7 +46,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         goal = f"{_OUTSIDE}/{found}" if found is not None else _inside(here, match["target"])
         if goal is None:
             return match[0]
-        return f"]({posixpath.relpath(goal, posixpath.dirname(here) or '.')}{match['anchor'] or ''})"
+        path = posixpath.relpath(goal, posixpath.dirname(here) or ".")
+        return f"{match['start']}{path}{match['anchor'] or ''}{match['end']}"
 
     return _LINK.sub(moved, markdown)
 

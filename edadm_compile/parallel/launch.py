@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,8 @@ from edadm_compile.parallel.world import Share, World
 _PATIENCE = timedelta(minutes=30)
 #: What moves tensors, by where the compilation runs.
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+#: Operations whose tensors are held; gloo has two threads.
+_REMEMBERED = 4
 
 
 class Distributed(World):
@@ -33,6 +36,9 @@ class Distributed(World):
     def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size = rank, size
         self._store, self._device = store, device
+        # Threads of gloo let go of an operation's tensors some time after it has returned. Were theirs the last reference, they
+        # would need Python's lock to free what Python made, and a process that is ending aborts there.
+        self._last: deque[list[Tensor]] = deque(maxlen=_REMEMBERED)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Sum over all processes, in place."""
@@ -49,7 +55,7 @@ class Distributed(World):
         padded = value.new_zeros((max(counts), *value.shape[1:]), device=self._device)
         padded[: counts[self.rank]] = value[: counts[self.rank]].to(self._device)
         parts = [torch.empty_like(padded) for _ in counts]
-        _meeting(lambda: dist.all_gather(parts, padded))
+        self._meet(lambda: dist.all_gather(parts, padded), [padded, *parts])
         return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]).to(value.device)
 
     def _together(self, tensors: Sequence[Tensor], operation: Callable[[Tensor], Any]) -> None:
@@ -57,9 +63,13 @@ class Distributed(World):
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             group = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.detach().reshape(-1) for t in group]).to(self._device)
-            _meeting(lambda flat=flat: operation(flat))  # type: ignore[misc]
+            self._meet(lambda flat=flat: operation(flat), [flat])  # type: ignore[misc]
             for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
+
+    def _meet(self, operation: Callable[[], Any], tensors: list[Tensor]) -> None:
+        self._last.append(tensors)
+        _meeting(operation)
 
     def first_to_fail(self) -> bool:
         """Whether no other process has said yet that it failed; asked once by each that does."""

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +55,25 @@ def test_links_that_lead_nowhere_are_found(tmp_path, text, reason):
     (tmp_path / "other.md").write_text("# `--a`: b\n\n# A & b\n```text\n# no heading\n```\n")
     found = _tool("docs/tools/links.py").problems(tmp_path)
     assert len(found) == 1 and found[0].startswith("README.md:4") and reason in found[0]
+
+
+@pytest.mark.parametrize(
+    "link", ["[a]({})", "![a]({})", '<img alt="a" src="{}">', '<source srcset="{}">', '<a href="{}">']
+)
+@pytest.mark.parametrize(
+    ("page", "target", "moved"),
+    [
+        ("repository/README.md", "docs/images/sqnr.svg", "../images/sqnr.svg"),
+        ("repository/README.md", "CONTRIBUTING.md", "CONTRIBUTING.md"),
+        ("repository/README.md", "https://example.org/a.png", "https://example.org/a.png"),
+        ("faq.md", "../README.md", "repository/README.md"),
+        ("faq.md", "images/sqnr.svg", "images/sqnr.svg"),
+    ],
+)
+def test_links_out_of_docs_and_back_are_moved(link, page, target, moved):
+    hooks = _tool("docs/tools/hooks.py")
+    place = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    assert hooks.on_page_markdown(link.format(target), place) == link.format(moved)
 
 
 def test_pictures_are_those_of_their_file():
