@@ -4,6 +4,7 @@
 # make check  set up, run the linters, the type checker and the tests
 # make quick  set up, run the linters, the type checker and the tests that compile nothing
 # make docs   set up, check the generated pages and all links, build the site into build/site
+# make fuzz   set up, mutate .qmod files and inputs for two minutes
 # make dist-check  build wheel and sdist, install the wheel into an empty environment and use it there
 #
 # Variables: PYTHON (the interpreter that makes the environment), VENV (its folder), PYTEST_FLAGS.
@@ -20,7 +21,7 @@ MODEL = examples/digits/model.pt
 
 QUICK = tests/ir tests/quant tests/evaluate tests/calibration tests/test_config.py tests/test_layering.py tests/test_methods.py
 
-.PHONY: help venv demo test lint check quick docs dist-check screenshots clean
+.PHONY: help venv demo test lint check quick docs fuzz dist-check screenshots clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -63,6 +64,10 @@ docs: venv
 	$(BIN)/python docs/tools/links.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	$(BIN)/python docs/tools/site.py build/site
+
+fuzz: venv
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.robustness.fuzz_qmod --seconds 90
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.robustness.fuzz_inputs --seconds 30
 
 dist-check: venv
 	PYTHON=$(BIN)/python .ci/dist

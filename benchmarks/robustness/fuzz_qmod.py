@@ -56,11 +56,12 @@ class Fuzzer:
         files: by name.
         seed: of all mutants.
         save: folder for bad mutants.
+        every: of so many mutants that load, one is printed, one called with ONNX Runtime, one compared as `verify` does.
     """
 
-    def __init__(self, files: dict[str, Path], seed: int, save: Path) -> None:
+    def __init__(self, files: dict[str, Path], seed: int, save: Path, every: int = 16) -> None:
         torch.set_num_threads(1)
-        self.seed, self.save = seed, save
+        self.seed, self.save, self.every = seed, save, every
         self.names = list(files)
         self.parts = {name: take_apart(path.read_bytes()).frozen() for name, path in files.items()}
         self.good = {name: read(path, LIMITS) for name, path in files.items()}
@@ -105,11 +106,11 @@ class Fuzzer:
             step = "forward"
             with fork_server.AddressSpace(room + 8 * LIMITS.value):
                 self.forward(artifact, "reference")
-            if number % 16 == 0:
+            if self.turn(number, 0):
                 step = "onnxruntime"
                 with fork_server.AddressSpace(room + 8 * LIMITS.value + _SESSION):
                     self.forward(artifact, "onnxruntime")
-            if number % 16 == 1:
+            if self.turn(number, 1):
                 step = "verify"
                 with fork_server.AddressSpace(room + 16 * LIMITS.value):
                     self.verify(name, artifact)
@@ -124,11 +125,15 @@ class Fuzzer:
             return f"bad: {type(error).__name__} at {step}", str(error)[:300]
         return "accepted", traced
 
+    def turn(self, number: int, step: int) -> bool:
+        """Whether one of the slow steps is done for this mutant."""
+        return (number - step) % self.every == 0
+
     def inspect(self, artifact: Artifact, number: int) -> None:
-        """The verb's report; every 16th is printed."""
+        """The verb's report, printed for some."""
         report = tables.inspect_report(artifact, 1)
         json.dumps(report)
-        if number % 16 == 2:
+        if self.turn(number, 2):
             with contextlib.redirect_stdout(io.StringIO()):
                 tables.print_inspect(report)
 
@@ -213,7 +218,7 @@ def summary(fuzzer: Fuzzer, count: int, results: dict[int, Any], seconds: float)
         else:
             reasons[_reason(result["detail"])] += 1
     return {
-        "mutants": count, "first": min(results, default=0), "seed": fuzzer.seed, "outcomes": dict(outcomes.most_common()), "bad": bad,
+        "mutants": count, "first": min(results, default=0), "seed": fuzzer.seed, "every": fuzzer.every, "outcomes": dict(outcomes.most_common()), "bad": bad,
         "by_kind": {k: dict(c.most_common()) for k, c in sorted(kinds.items())}, "accepted": dict(traced.most_common()),
         "different_reasons": len(reasons), "reasons": dict(reasons.most_common(60)),
         "cpu_seconds": {k: round(v, 2) for k, v in spent.most_common()}, "slowest_cpu_seconds": round(slowest, 3), "wall_seconds": round(seconds, 1), "torch": torch.__version__,
@@ -233,11 +238,12 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant")
     parser.add_argument("--seconds", type=float, help="stop after this time instead")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=16, help="slow steps for one of so many mutants that load")
     parser.add_argument("--cache", type=Path, default=Path("build/fuzz"), help="folder of the files to mutate")
     parser.add_argument("--save", type=Path, default=Path("build/fuzz/bad"), help="folder for bad mutants")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    fuzzer = Fuzzer(seeds.make(given.cache), given.seed, given.save)
+    fuzzer = Fuzzer(seeds.make(given.cache), given.seed, given.save, given.every)
     start, results = time.monotonic(), {}
     numbers = range(given.first, given.first + given.mutants)
     for number, result in fork_server.run(numbers, fuzzer.job):

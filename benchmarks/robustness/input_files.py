@@ -207,7 +207,7 @@ def _zipped(entries: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) 
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", method) as archive:
         for name, content in entries:
-            archive.writestr(name, content)
+            archive.writestr(name.encode("utf-8", "replace").decode(), content)  # half a character has no bytes
     return stream.getvalue()
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from edadm_compile.export.builder import Builder
 from edadm_compile.export.prepare import batch_sizes
 from edadm_compile.export.scope import Dim, Emitter, Scope
+from edadm_compile.ir.analysis import shapes_only
 from edadm_compile.ir.program import Program, TimeTables
 
 
@@ -120,7 +120,7 @@ def _run_path(builder: Builder, program: Program, t: ir.Value, table: dict[str, 
     sizes = batch_sizes(program.signature)
     runs = []
     for size in sizes:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with shapes_only():
             recorder = torch.fx.Interpreter(path, garbage_collect_values=False)
             recorder.run(torch.empty(size, dtype=dtype))
             runs.append(dict(recorder.env))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,10 +98,25 @@ class _Recorder(fx.Interpreter):
         self.extra_traceback = False
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """New tensors have no memory, operators compute shapes and types.
+
+    Where shapes do not fit, operators raise; torch would log a traceback beside it, which is not for users.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def fake_values(program: Program, batch: int) -> dict[fx.Node, Any]:
     """Value of every node at a batch size: fake tensors (shapes and types only), and plain values such as sizes."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
+    with shapes_only():
         values = [torch.empty((batch, *spec.shape), dtype=spec.dtype) for spec in program.signature.inputs]
         if program.time is not None:
             names = [n.target for n in program.graph_module.graph.nodes if n.op == "placeholder"]

@@ -1,3 +1,6 @@
+import logging
+
+import pytest
 import torch
 
 from edadm_compile.ir.analysis import (
@@ -10,6 +13,7 @@ from edadm_compile.ir.analysis import (
     propagate_shapes,
     scope_of,
     shape_of,
+    shapes_only,
     topological,
     weight_node,
     x_dependent,
@@ -88,3 +92,18 @@ def test_scopes_and_order():
     out = build.op("aten.silu.default", conv)
     assert scope_of(conv) == ("a", "a.b") and scope_of(build.x) == ()
     assert topological([out, conv], build.graph) == [conv, out]
+
+
+def test_shapes_that_do_not_fit_raise_and_log_nothing():
+    records = []
+    handler, logger = logging.Handler(), logging.getLogger("torch._subclasses.fake_tensor")
+    handler.emit = records.append
+    logger.addHandler(handler)
+    try:
+        with shapes_only(), pytest.raises(RuntimeError, match="broadcast"):
+            torch.ops.aten.add.Tensor(torch.ones(4), torch.ones(11, 11))
+        assert not records
+        logger.error("heard")
+        assert len(records) == 1
+    finally:
+        logger.removeHandler(handler)
