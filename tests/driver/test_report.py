@@ -109,7 +109,7 @@ def test_without_onnx_runtime_the_cost_model_is_named(artifact, monkeypatch):
     assert "Cost model, not time" in found["what"] and "pip install 'edadm-compile[onnx]'" in found["what"]
 
 
-def test_products_are_counted_from_shapes(artifact):
+def test_products_are_counted_from_shapes(artifact, path):
     from edadm_compile.driver.layer_times import multiply_accumulates
 
     found = multiply_accumulates(artifact.lowered)
@@ -118,6 +118,7 @@ def test_products_are_counted_from_shapes(artifact):
     stem = next(i for i in records if i.role == "stem")
     assert stem.weight_shape == (8, 3, 3, 3) and found[stem.name] == 8 * 8 * 8 * 3 * 3 * 3  # it keeps the 8 x 8 pixels
     assert found["label_proj"] == 8 * 8  # once for each image, not for each pixel
+    assert multiply_accumulates(read(path).lowered) == found
     assert found["up"] == (4 * 4) * 8 * 10 * 4 * 4  # transposed: input pixels times the weights that read each
 
 
