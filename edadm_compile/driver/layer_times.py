@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -13,7 +13,7 @@ from edadm_compile.driver.machine import processor
 from edadm_compile.errors import EdadmError
 from edadm_compile.export.convert import Exported, ExportedLayer, convert
 from edadm_compile.export.targets import target
-from edadm_compile.ir.analysis import shape_of
+from edadm_compile.ir.analysis import fake_values
 from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.runtime.artifact import Artifact
 from edadm_compile.runtime.engines.node_times import NodeTime, node_times
@@ -77,15 +77,17 @@ def _nodes_of(layer: ExportedLayer, times: dict[str, NodeTime]) -> list[str]:
 
 def multiply_accumulates(program: Program) -> dict[str, int]:
     """Multiply-accumulates of each layer with a weight for one image, by name; from shapes, nothing runs."""
-    nodes: Iterable[fx.Node] = program.graph_module.graph.nodes
+    values = fake_values(program, program.signature.min_batch)
     return {
-        info.name: _macs(node, info.weight_shape) for node in nodes if (info := layer_of(node)) and info.weight_shape
+        info.name: _macs(node, info.weight_shape, values)
+        for node in program.graph_module.graph.nodes
+        if (info := layer_of(node)) and info.weight_shape
     }
 
 
-def _macs(node: fx.Node, weight: tuple[int, ...]) -> int:
+def _macs(node: fx.Node, weight: tuple[int, ...], values: Mapping[fx.Node, Any]) -> int:
     """Output values times the weights behind each; for a transposed convolution input values instead."""
     transposed = "transpose" in str(node.target)
     value = node.args[0] if transposed else node
     assert isinstance(value, fx.Node)
-    return math.prod(shape_of(value)[1:]) * math.prod(weight[1:])
+    return math.prod(values[value].shape[1:]) * math.prod(weight[1:])

@@ -17,7 +17,7 @@ from edadm_compile.report.html.scales import number, timestep
 from edadm_compile.report.tables import human
 
 #: Charts that a report may have.
-KEYS = ("samples", "noise", "allocation", "scores", "blocks", "ranges", "sensitivity", "sizes", "times")
+KEYS = ("samples", "noise", "allocation", "scores", "blocks", "ranges", "sensitivity", "sizes", "times", "stages")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _rendered(facts: Mapping[str, Any]) -> str:
         facts=facts, tiles=verdict.tiles(facts), headline=verdict.headline(facts),
         sentences=verdict.sentences(facts),
         float_groups=verdict.float_groups(facts["layers"]), plots={**dict.fromkeys(KEYS), **plots(facts)}, rows=_rows(facts),
-        numbers=_numbers(facts), between=lists.between(facts["times"]), stages=lists.stages(facts["seconds"] or {}),
+        numbers=_numbers(facts), between=lists.between(facts["times"]),
     )  # fmt: skip
 
 
@@ -101,6 +101,8 @@ def plots(facts: Mapping[str, Any]) -> dict[str, Plot]:
         found.append(Plot("sensitivity", drawing, {"noise_to_signal": facts["sensitivity"]}))
     found.append(Plot("sizes", lists.sizes(facts["layers"]), [_size(r) for r in facts["layers"] if r["bytes"]]))
     found.append(Plot("times", lists.times(facts["times"], widths), facts["times"]))
+    if facts["seconds"]:
+        found.append(Plot("stages", lists.stages(facts["seconds"]), {"seconds": facts["seconds"]}))
     return {plot.key: plot for plot in found if plot is not None}
 
 
