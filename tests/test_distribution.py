@@ -1,5 +1,6 @@
-"""What a wheel and an sdist hold. `make dist-check` installs the wheel and uses it."""
+"""What a wheel and an sdist hold, and the wheel outside of the source tree. `make dist-check` also compiles with it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -17,8 +18,8 @@ _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """(wheel's names, sdist's names, metadata), built from a copy: setuptools writes beside what it packs."""
+def packed(tmp_path_factory):
+    """(wheel, sdist), built from a copy: setuptools writes beside what it packs."""
     source = tmp_path_factory.mktemp("source")
     for name in ("edadm_compile", "examples", "docs", "benchmarks"):
         shutil.copytree(ROOT / name, source / name, ignore=_LEFT_OUT)
@@ -31,12 +32,18 @@ def built(tmp_path_factory):
         [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    wheel, sdist = next((source / "dist").glob("*.whl")), next((source / "dist").glob("*.tar.gz"))
+    return next((source / "dist").glob("*.whl")), next((source / "dist").glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def built(packed):
+    """(wheel's names, sdist's names, metadata)."""
+    wheel, sdist = packed
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         described, names = archive.read(metadata).decode(), set(archive.namelist())
-    with tarfile.open(sdist) as packed:
-        return names, {name.partition("/")[2] for name in packed.getnames()}, described
+    with tarfile.open(sdist) as archive:
+        return names, {name.partition("/")[2] for name in archive.getnames()}, described
 
 
 def _files(folder):
@@ -69,6 +76,29 @@ def test_metadata(built):
         assert f"Provides-Extra: {extra}" in described
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
     assert "edadm_compile/py.typed" in wheel
+
+
+def test_an_installed_wheel_is_used_outside_of_the_source_tree(packed, tmp_path):
+    """Installed without dependencies, which the test's environment lends, as its own program in an empty folder."""
+    target, user = tmp_path / "installed", tmp_path / "user"
+    user.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", target, packed[0]], check=True, capture_output=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=user, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    program = str(target / "bin" / "edadm-compile")
+    assert run("-c", "import edadm_compile; print(edadm_compile.__file__)").startswith(str(target))
+    assert "Exit codes:" in run(program, "--help")
+    run(program, "example", "digits")
+    model = (user / "digits" / "model.pt").read_bytes()
+    assert model == (ROOT / "examples" / "digits" / "model.pt").read_bytes()
+    assert str(target) in run(program, "doctor", "-v")
 
 
 def test_the_command_line_tells_the_same_version():

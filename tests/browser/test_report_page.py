@@ -64,6 +64,22 @@ def test_it_fits_its_window_without_errors(visit, width, scheme):
     assert dark == (scheme == "dark")
 
 
+def test_the_table_of_layers_needs_no_sideways_scrolling_on_a_desktop(visit, tmp_path):
+    """With the longest that occurs: names, shapes and counts of Stable Diffusion's layers."""
+    given = facts()
+    for row in given["layers"]:
+        name = row["layer"]
+        row |= {"layer": f"down_blocks.1.attentions.0.transformer_blocks.0.{name}", "bytes": 14_745_600}
+        row |= {"fp16_bytes": 29_491_200, "shape": [1280, 2560, 3, 3]}
+        row["note"] = row["note"] or "promoted: most output error per bit"
+        given["times"]["macs"][row["layer"]], given["times"]["layers"][row["layer"]] = 120_795_955_200, 48_123.0
+        given["sensitivity"][row["layer"]] = 3.21e-5
+    (tmp_path / "wide.html").write_text(page.render(given))
+    found = visit((tmp_path / "wide.html").as_uri())
+    wide, there = found.evaluate("(e => [e.scrollWidth, e.clientWidth])(document.querySelector('.scroll:has(.truth)'))")
+    assert wide <= there
+
+
 def _names(found):
     return list(found.locator("#truth tbody tr:visible th").all_inner_texts())
 

@@ -6,12 +6,13 @@ that may differ between machines, or a name that torch draws.
 """
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from edadm_compile.cli import main
-from edadm_compile.errors import InputError
+from edadm_compile.errors import EdadmError, InputError
 from tests.cli import cases_artifacts, cases_models, cases_sampling, cases_settings, cases_usage, cases_work
 
 SHORT = {
@@ -102,10 +103,17 @@ def test_a_closed_pipe_is_no_bug(broken, invoke):
     assert result.exit_code == 1 and "error" not in result.stderr
 
 
-def test_every_exit_code_is_in_the_help(invoke):
-    told = " ".join(invoke(["--help"]).stdout.split())
-    codes = {case[1] for case in CASES} | {0, 4, 70, 130}
-    assert all(re.search(rf"\b{code} ", told.partition("Exit codes:")[2]) for code in codes)
+def _codes(error=EdadmError):
+    return {error.exit_code}.union(*(_codes(below) for below in error.__subclasses__()))
+
+
+def test_every_exit_code_is_in_the_help_and_in_the_documentation(invoke):
+    told = " ".join(invoke(["--help"]).stdout.split()).partition("Exit codes:")[2]
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8").partition("## Exit codes")[2]
+    table = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    codes = {case[1] for case in CASES} | _codes() | {0, 70, 130, 143}
+    assert table == codes
+    assert all(re.search(rf"\b{code} ", told) for code in codes - {1})  # 1 is what click and Python give
 
 
 def test_the_program_has_one_name():

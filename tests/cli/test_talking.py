@@ -39,7 +39,7 @@ def test_nothing_heavy_is_loaded(code):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("verb", [v for v in VERBS if v != "completion"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_talks_the_same_way(verb):
     options = {name for p in main.commands[verb].params for name in p.opts}
     assert {"--json", "--quiet", "-q", "--verbose", "-v", "--debug"} <= options

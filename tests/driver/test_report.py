@@ -8,6 +8,7 @@ import torch
 from edadm_compile.calibration import sampler
 from edadm_compile.driver import report as driver
 from edadm_compile.driver import report_facts
+from edadm_compile.driver.layer_times import multiply_accumulates
 from edadm_compile.driver.report_facts import Subject, gather
 from edadm_compile.driver.report_images import data_uri, image_pairs
 from edadm_compile.errors import ArtifactError, InputError
@@ -110,8 +111,6 @@ def test_without_onnx_runtime_the_cost_model_is_named(artifact, monkeypatch):
 
 
 def test_products_are_counted_from_shapes(artifact, path):
-    from edadm_compile.driver.layer_times import multiply_accumulates
-
     found = multiply_accumulates(artifact.lowered)
     records = [i for n in artifact.lowered.graph_module.graph.nodes if (i := n.meta.get("layer"))]
     assert set(found) == {i.name for i in records if i.weight_shape}
@@ -177,3 +176,26 @@ def test_pictures_show_black_grey_and_white():
     assert large.size == (128, 256) and large.mode == "RGB"
     pair = image_pairs(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 1 / 8))[0]
     assert pair["difference"] == data_uri(torch.ones(1, 2, 2)) and pair["float"] != pair["quantized"]
+
+
+def test_products_are_counted_in_a_file_that_was_read(path, labelled_source):
+    """By hooks on the float model instead: output values of one image times the weights behind each."""
+    wanted = {}
+
+    def count(name):
+        return lambda module, _, out: wanted.update({name: out[0].numel() * module.weight[0].numel()})
+
+    module = labelled_source.module
+    hooks = [
+        found.register_forward_hook(count(name))
+        for name, found in module.named_modules()
+        if isinstance(found, (torch.nn.Conv2d, torch.nn.Linear))
+    ]
+    inputs = labelled_source.signature.inputs
+    with torch.no_grad():
+        module(*(torch.zeros((1, *spec.shape), dtype=spec.dtype) for spec in inputs))
+    for hook in hooks:
+        hook.remove()
+    counted = multiply_accumulates(read(path).lowered)
+    known = counted.keys() & wanted.keys()
+    assert len(known) > 5 and {k: counted[k] for k in known} == {k: wanted[k] for k in known}

@@ -114,7 +114,7 @@ def test_the_top_says_what_matters(document):
 def test_the_table_of_layers_has_every_row_with_what_is_known_of_it(document):
     rows = [" ".join(text.split()) for a, text in document.all("tr") if "data-runs" in a]
     assert len(rows) == 5
-    assert rows[1] == "2 mid.conv conv2d 4 × 4 × 3 × 3 w4a8 w4a8 88 288 4,000 0.00200 12.0"
+    assert rows[1] == "2 mid.conv conv2d 4 × 4 × 3 × 3 w4a8 w4a8 88 288 0.00400 0.00200 12.0"
     assert rows[2].startswith("3 mid.attention attention float float product of two activations –")
     values = [a["data-value"] for a, _ in document.all("td") if "data-value" in a]
     assert values[:6] == [
@@ -145,7 +145,7 @@ def test_a_file_alone_shows_what_it_knows_and_names_what_is_missing():
     assert not ids & {"samples", "noise", "blocks", "ranges", "sensitivity"} and {"layers", "cost", "missing"} <= ids
     text = found.texts[0]
     assert "Images from the same noise" in text and "needs the float model" in text
-    assert "Cost model, not time." in text and "9,000" in text
+    assert "Cost model, not time." in text and "0.00900 M MAC" in text
 
 
 def test_another_reference_is_said():
