@@ -90,4 +90,4 @@ def _macs(node: fx.Node, weight: tuple[int, ...], values: Mapping[fx.Node, Any])
     transposed = "transpose" in str(node.target)
     value = node.args[0] if transposed else node
     assert isinstance(value, fx.Node)
-    return math.prod(values[value].shape[1:]) * math.prod(weight[1:])
+    return math.prod(map(int, values[value].shape[1:])) * math.prod(weight[1:])
