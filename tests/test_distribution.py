@@ -88,7 +88,9 @@ def test_an_installed_wheel_is_used_outside_of_the_source_tree(packed, tmp_path)
 
     def run(*arguments):
         command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=user, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, cwd=user, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

@@ -25,6 +25,13 @@ def test_the_reference_of_options_is_what_help_says():
     assert done.returncode == 0, done.stderr
 
 
+def test_every_public_name_is_in_the_reference_of_python():
+    import edadm_compile
+
+    shown = (ROOT / "docs/reference/api.md").read_text(encoding="utf-8").split()
+    assert [n for n in edadm_compile.__all__ if f"edadm_compile.{edadm_compile._HOME[n]}.{n}" not in shown] == []
+
+
 def test_a_new_option_changes_the_reference(monkeypatch):
     import click
 
