@@ -11,10 +11,12 @@ import torch
 
 from edadm_compile.calibration import sampler
 from edadm_compile.calibration.collect import collect
+from edadm_compile.calibration.sampler import in_pieces
 from edadm_compile.config import QuantConfig
 from edadm_compile.evaluate.compare import NoiseComparison, compare_noise
 from edadm_compile.frontend import Source
 from edadm_compile.ir.dialects import verify
+from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import reference as _reference  # registers the operators' meaning  # noqa: F401
 from edadm_compile.passes.assign_widths import AssignWidths
@@ -30,13 +32,14 @@ from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
 from edadm_compile.passes.reconstruct import Reconstruct
+from edadm_compile.passes.sensitivity import MEASURE_LIMIT
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
 from edadm_compile.passes.trace import trace
 from edadm_compile.passes.upsample_phases import UpsamplePhases
 
 #: Fresh trajectories for the closing quality figure.
-_QUALITY_TRAJECTORIES = 16
+QUALITY_TRAJECTORIES = 16
 
 
 def float_passes() -> list[Pass]:
@@ -155,16 +158,19 @@ def _evaluations(program: Program, config: QuantConfig) -> int:
 
 def _quality(program: Program, lowered: Program, source: Source, ctx: Context) -> NoiseComparison:
     generator = ctx.generator(3)
-    n = _QUALITY_TRAJECTORIES
+    n = QUALITY_TRAJECTORIES
+    if source.parameters() > MEASURE_LIMIT:  # no more than were afforded before
+        n = min(n, ctx.config.tdac.trajectories)
     x = sampler.draw_noise(program.signature, n, generator)
     conditions = sampler.draw_conditions(program.signature, n, generator, source.conditions, program.sampler.null)
     ctx.progress.stage("quality", len(sampler.timesteps(program.sampler)))
+    reference, candidate = (in_pieces(p, rows_at_once(p, MOST_BYTES, p.signature.max_batch)) for p in (program, lowered))
 
     def counted(*inputs: torch.Tensor) -> torch.Tensor:
         ctx.progress.advance(1)
-        return lowered(*inputs)
+        return candidate(*inputs)
 
-    return compare_noise(program, counted, program.sampler, x, conditions)
+    return compare_noise(reference, counted, program.sampler, x, conditions)
 
 
 class _Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +13,7 @@ from edadm_compile.calibration.dataset import CalibrationSet, Trajectories
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import shape_of, x_dependent
+from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program
 
@@ -63,6 +65,7 @@ class _FeatureTap(fx.Interpreter):
         super().__init__(program.graph_module)
         self._node = node
         self._program = program
+        self._rows = rows_at_once(program, MOST_BYTES, program.signature.max_batch)
         self.feature = torch.empty(0)
 
     def run_node(self, n: fx.Node) -> object:
@@ -74,9 +77,9 @@ class _FeatureTap(fx.Interpreter):
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         signature = self._program.signature
-        if not signature.min_batch <= inputs[0].shape[0] <= signature.max_batch:
+        if not signature.min_batch <= inputs[0].shape[0] <= self._rows:
             parts, features = [], []
-            for piece, rows in signature.batches(inputs):
+            for piece, rows in replace(signature, max_batch=self._rows).batches(inputs):
                 parts.append(self(*piece)[:rows])
                 features.append(self.feature[:rows])
             self.feature = torch.cat(features)
@@ -112,7 +115,8 @@ def collect(
     x = sampler.draw_noise(program.signature, assigned.numel(), generator)
     conditions = sampler.draw_conditions(program.signature, assigned.numel(), generator, pool, program.sampler.null)
     states = []
-    for rows in torch.arange(assigned.numel()).split(_CHUNK):  # sorted by step: a chunk stops early together
+    chunk = rows_at_once(program, MOST_BYTES / program.sampler.branches, _CHUNK)
+    for rows in torch.arange(assigned.numel()).split(chunk):  # sorted by step: a chunk stops early together
         states.append(_run_down(program, x[rows], [c[rows] for c in conditions], assigned[rows], generator, advance))
     order = torch.randperm(assigned.numel(), generator=generator)
     x, assigned, conditions = torch.cat(states)[order], assigned[order], [c[order] for c in conditions]

@@ -89,6 +89,11 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @device_options
 @source_options
 @sampler_options
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Capture, then print layers, blocks, expected time, peak memory and file size; compile nothing.",
+)
 @click.option("--dump-graphs", type=FILE, metavar="DIR", help="Write the graph after each pass.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 @json_option
@@ -105,6 +110,7 @@ def compile(
     targets: str | None,
     batch: str | None,
     store: str | None,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -112,8 +118,10 @@ def compile(
     MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
     """
     from edadm_compile.driver import compile as driver
+    from edadm_compile.driver import dry_run as plan
     from edadm_compile.report import progress as bars
     from edadm_compile.report import tables
+    from edadm_compile.report.dry_run_tables import print_dry_run
 
     request = driver.Request(
         model=model,
@@ -127,8 +135,10 @@ def compile(
         store=store,
     )
     with bars.reporter(quiet or as_json) as progress:
-        summary = driver.run(request, progress)
+        summary = plan.run(request, progress) if dry_run else driver.run(request, progress)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
+    elif dry_run:
+        print_dry_run(summary)
     elif not quiet:
         tables.print_summary(summary)

@@ -62,6 +62,21 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     Raises:
         EdadmError: bad input, or a failed compilation. An existing output file stays as it was.
     """
+    config, device_code, source = prepare(request)
+    result = compile_source(source, config, progress, dump=_dumper(request.dump))
+    start = time.perf_counter()
+    bundle = build(result.lowered, device_code, progress)
+    result.seconds["kernels"] = time.perf_counter() - start
+    size = write(to_artifact(result, bundle), request.output)
+    return {**summary(result, source, request.output, size), "device": describe(bundle)}
+
+
+def prepare(request: Request) -> tuple[QuantConfig, DeviceOptions, Source]:
+    """Everything before the work: settings, GPU code to make, the loaded model.
+
+    Raises:
+        EdadmError: settings, files or an output that cannot be used.
+    """
     if request.device != "cpu":
         raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
     _check_writable(request.output)
@@ -75,12 +90,7 @@ def run(request: Request, progress: Progress) -> dict[str, Any]:
     source = load_source(
         request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
     )
-    result = compile_source(source, config, progress, dump=_dumper(request.dump))
-    start = time.perf_counter()
-    bundle = build(result.lowered, device_code, progress)
-    result.seconds["kernels"] = time.perf_counter() - start
-    size = write(to_artifact(result, bundle), request.output)
-    return {**summary(result, source, request.output, size), "device": describe(bundle)}
+    return config, device_code, source
 
 
 def compile_model(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edadm_compile.errors import InputError
 from edadm_compile.frontend.source import Source, source_from_module
+from edadm_compile.frontend.unfilled import build_unfilled, fill
 from edadm_compile.ir.program import SamplerSpec
 
 FORMAT = "edadm_compile.checkpoint/1"
@@ -63,7 +64,7 @@ def load(
 
 
 def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
-    """Instantiate a diffusers UNet from its configuration.
+    """Instantiate a diffusers UNet from its configuration, for `load_weights` to fill.
 
     Raises:
         InputError: a class outside `MODEL_CLASSES`, or a configuration it refuses.
@@ -75,7 +76,7 @@ def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
     import diffusers
 
     try:
-        model = getattr(diffusers, class_name).from_config(config)
+        model = build_unfilled(lambda: getattr(diffusers, class_name).from_config(config))
     except Exception as error:
         raise InputError(f"{where}: {class_name} refuses its configuration: {error}") from None
     assert isinstance(model, nn.Module)
@@ -94,7 +95,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
             f"{where}: state dict entry {foreign[0]!r} is a {type(state[foreign[0]]).__name__}, expected tensors only"
         )
     try:
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        fill(model, state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InputError(

@@ -54,7 +54,9 @@ def load(
             state.update(load_file(file))
         except Exception as error:
             raise InputError(f"{file} is not a readable safetensors file: {error}") from None
-        digest.update(file.read_bytes())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     checkpoint.load_weights(model, state, str(model_dir))
     origin = {"file": folder.name, "sha256": digest.hexdigest()}
     return checkpoint.diffusers_source(model, spec, shape, pool, origin)

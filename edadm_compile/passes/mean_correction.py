@@ -9,6 +9,7 @@ from torch import Tensor
 
 from edadm_compile.calibration.dataset import Trajectories
 from edadm_compile.calibration.guidance import combine
+from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.program import Program, TimeTables
 from edadm_compile.passes.base import Context, PassResult, finish
 
@@ -48,7 +49,7 @@ class MeanCorrection:
         apart = torch.zeros_like(rows)
         visits = torch.bincount(order, minlength=keys.numel())
         ctx.progress.stage("mean correction", trajectories.t.numel())
-        limit = program.signature.max_batch if fixed else min(_CHUNK, program.signature.max_batch)
+        limit = program.signature.max_batch if fixed else rows_at_once(program, MOST_BYTES, _CHUNK)
         for step, row in enumerate(order.tolist()):
             error = trajectories.prediction[step] - _predict(program, trajectories, step, limit)
             used = combine(program.sampler, error, trajectories.x.shape[2])
@@ -57,7 +58,7 @@ class MeanCorrection:
                 without, with_condition = error.chunk(2)
                 apart[row] += (_mean(with_condition) - _mean(without)) / visits[row]
             ctx.progress.advance(1)
-        program = _add_table(program, keys, rows.float())
+        program = add_table(program, keys, rows.float())
         stats = {"largest": float(rows.abs().max())}
         if program.sampler.guided:
             stats["branches_apart"] = float(apart.abs().max())
@@ -77,7 +78,8 @@ def _predict(program: Program, trajectories: Trajectories, step: int, limit: int
         return torch.cat([program(*part) for part in parts])
 
 
-def _add_table(program: Program, keys: Tensor, rows: Tensor) -> Program:
+def add_table(program: Program, keys: Tensor, rows: Tensor) -> Program:
+    """Rule 1 with the table `rows` [S, C] at the timesteps `keys` [S]."""
     graph = program.graph_module.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from edadm_compile.config import QuantConfig
-from edadm_compile.ir.analysis import layer_weight
+from edadm_compile.ir.analysis import is_batched, layer_weight
 from edadm_compile.ir.execute import run_nodes
+from edadm_compile.ir.footprint import kept_by, rows_within
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.streams import Streams, switched_off
 from edadm_compile.quant.fake_quant import ActFakeQuant, MaskPool, WeightFakeQuant
 
+#: Bytes of values that a training step keeps for its gradients; a larger batch is taken in pieces.
+STEP_BYTES = 4 << 30
+#: Tensors that the gradient of an activation quantizer keeps besides its result.
+_KEPT_BY_QUANTIZER = 3
 #: Rounding of wide weights moves less: their learning rate is this fraction of ``lr_weight``.
 _WIDE_FACTOR = 0.4
 
@@ -70,6 +75,12 @@ def _train_units(
     return reports
 
 
+def training_bytes(program: Program, closure: Sequence[fx.Node]) -> float:
+    """Bytes per sample that a training step through a closure keeps."""
+    quantizers = [n for n in closure if n.op == "call_module" and is_batched(n)]
+    return kept_by(closure) + _KEPT_BY_QUANTIZER * kept_by(quantizers)
+
+
 class UnitTrainer:
     """Optimises one unit."""
 
@@ -103,6 +114,7 @@ class UnitTrainer:
             self._module(n) for n in self.closure if n.op == "call_module" and (n in unit.nodes or not streams.owned(n))
         ]
         self.activations = [m for m in modules if isinstance(m, ActFakeQuant)]
+        self.row_bytes = training_bytes(program, self.closure)
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.program.graph_module.get_submodule(str(node.target))
@@ -126,13 +138,12 @@ class UnitTrainer:
         every = max(1, config.iters // 20)
         for step in range(config.iters):
             optimizer.zero_grad(set_to_none=True)
-            loss = self.loss(self._rows()) + self._regulariser(step)
-            loss.backward()
+            loss = self._descend(self._rows(), step)
             optimizer.step()
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == config.iters:
                 done = every if (step + 1) % every == 0 else config.iters % every
-                ctx.progress.advance(done, f"{label} loss {float(loss.detach()):.2e}")
+                ctx.progress.advance(done, f"{label} loss {loss:.2e}")
         self._finish()
         return {"before": before, "after": self._mean_loss()}
 
@@ -160,6 +171,28 @@ class UnitTrainer:
         lowest = self.program.signature.min_batch
         size = lowest if lowest == self.program.signature.max_batch else min(size, self.program.signature.max_batch)
         return torch.randint(0, total, (size,), generator=self.generator)
+
+    def _descend(self, rows: Tensor, step: int) -> float:
+        """Gradients of the loss of some samples; in pieces where their values would take too much memory together."""
+        pieces = rows.split(self._at_once(rows.numel()))
+        if len(pieces) == 1:
+            loss = self.loss(rows) + self._regulariser(step)
+            loss.backward()
+            return float(loss.detach())
+        total = 0.0
+        for piece in pieces:
+            part = self.loss(piece) * (piece.numel() / rows.numel())
+            part.backward()
+            total += float(part.detach())
+        rest = self._regulariser(step)
+        if isinstance(rest, Tensor):
+            rest.backward()
+        return total + float(rest)
+
+    def _at_once(self, rows: int) -> int:
+        signature = self.program.signature
+        fixed = signature.min_batch == signature.max_batch
+        return rows if fixed else rows_within(STEP_BYTES, self.row_bytes, rows)
 
     def loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
@@ -227,5 +260,5 @@ class UnitTrainer:
         """Indices of the first 128 samples in slices that the captured batch allows."""
         limit = self.program.signature.max_batch
         fixed = self.program.signature.min_batch == limit
-        slices = torch.arange(min(128, self.streams.total)).split(limit if fixed else min(64, limit))
+        slices = torch.arange(min(128, self.streams.total)).split(limit if fixed else self.streams.chunk)
         return [r for r in slices if not fixed or r.numel() == limit]
