@@ -164,7 +164,9 @@ def _quality(program: Program, lowered: Program, source: Source, ctx: Context) -
     x = sampler.draw_noise(program.signature, n, generator)
     conditions = sampler.draw_conditions(program.signature, n, generator, source.conditions, program.sampler.null)
     ctx.progress.stage("quality", len(sampler.timesteps(program.sampler)))
-    reference, candidate = (in_pieces(p, rows_at_once(p, MOST_BYTES, p.signature.max_batch)) for p in (program, lowered))
+    reference, candidate = (
+        in_pieces(p, rows_at_once(p, MOST_BYTES, p.signature.max_batch)) for p in (program, lowered)
+    )
 
     def counted(*inputs: torch.Tensor) -> torch.Tensor:
         ctx.progress.advance(1)

@@ -133,9 +133,7 @@ def _expect_scales(program: Program) -> None:
         info = layer_of(node)
         if info is not None and writes_codes(node, info) and output_of(node) is pixels_of(node):
             channels = _channels(program, node)
-            node.meta["layer"] = replace(
-                info, out_scale=(_SCALE,) * channels, out_zero_point=(_ZERO_POINT,) * channels
-            )
+            node.meta["layer"] = replace(info, out_scale=(_SCALE,) * channels, out_zero_point=(_ZERO_POINT,) * channels)
 
 
 def _channels(program: Program, node: fx.Node) -> int:

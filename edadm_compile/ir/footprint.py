@@ -15,7 +15,6 @@ from torch import fx
 from edadm_compile.ir.analysis import fake_values
 from edadm_compile.ir.program import Program
 
-
 #: Bytes of values that one forward of a whole model may take; a larger batch is run in pieces.
 MOST_BYTES = 2 << 30
 
@@ -33,7 +32,7 @@ class Footprint:
         self._graph = program.graph_module.graph
         values = fake_values(program, rows)
         self._owner = _owners(self._graph, values)
-        self.made: dict[fx.Node, float] = {n: 0.0 for n in self._graph.nodes}
+        self.made: dict[fx.Node, float] = dict.fromkeys(self._graph.nodes, 0.0)
         for node, owner in self._owner.items():
             if owner is node:
                 self.made[node] = values[node].untyped_storage().nbytes() / rows
