@@ -114,7 +114,7 @@ class WeightFakeQuant(nn.Module):
         s = self._s(weight)
         if self.alpha is None:
             return self.integer_codes(weight).to(weight.dtype) * s
-        soft: Tensor = SoftRounding.apply(weight, s, self.alpha, self.spec.qmin, self.spec.qmax)
+        soft: Tensor = SoftRounding.apply(weight, s, self.alpha, self.spec.qmin, self.spec.qmax)  # type: ignore[no-untyped-call]
         return soft
 
     def _s(self, weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class SoftRounding(torch.autograd.Function):
     """``apply(weight, scale, alpha, qmin, qmax)``; only alpha has a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, alpha: Tensor, qmin: int, qmax: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, alpha: Tensor, qmin: int, qmax: int) -> Tensor:
         """The soft weight.
 
         Args:
