@@ -115,7 +115,10 @@ def _result(source: Source, outline: Outline, config: QuantConfig, sampled: Samp
         for u in outline.units
     ]
     quality = NoiseComparison(_LOSS, _LOSS, (_LOSS,) * sampled.steps)
-    stats = {"reconstruct": {"units": units}, "assign_widths": {"average_bits": outline.average_bits}}
+    stats: dict[str, dict[str, Any]] = {
+        "reconstruct": {"units": units},
+        "assign_widths": {"average_bits": outline.average_bits},
+    }
     counts = [config.calib_samples // sampled.steps] * sampled.steps
     return CompileResult(
         outline.qdq, outline.lowered, config, stats, {}, quality, counts, source.parameter_bytes(), source.provenance()

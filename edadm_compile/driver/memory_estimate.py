@@ -130,7 +130,7 @@ def _patches(node: fx.Node) -> float:
         return 0.0
     weight: Any = node.args[10 if "transpose" not in str(node.target) else 11]
     pixels = math.prod(shape_of(node)[2:])
-    return pixels * (2.0 * math.prod(weight[1:]) + 8.0 * weight[0])
+    return float(pixels * (2.0 * math.prod(weight[1:]) + 8.0 * weight[0]))
 
 
 def _reconstructing(outline: Outline, config: QuantConfig, sampled: Sampled) -> float:

@@ -63,7 +63,7 @@ class Footprint:
             for source in (node, *node.all_input_nodes):
                 owner = self._owner.get(source)
                 if owner in inside:
-                    last[owner] = position  # type: ignore[index]
+                    last[owner] = position
         freed: dict[int, float] = {}
         for owner, position in last.items():
             freed[position] = freed.get(position, 0.0) + self.made[owner]
