@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edadm_compile.ir.ops import LAYER_OPS, op_name
 from edadm_compile.ir.program import Program, get_constant
@@ -96,9 +96,17 @@ class _Recorder(fx.Interpreter):
         self.extra_traceback = False
 
 
+def fake_mode_of(program: Program) -> FakeTensorMode | None:
+    """The mode of the constants of a program without values (`edadm_compile.ir.valueless`), else None."""
+    for value in program.graph_module.buffers():
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
 def fake_values(program: Program, batch: int) -> dict[fx.Node, Any]:
     """Value of every node at a batch size: fake tensors (shapes and types only), and plain values such as sizes."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode_of(program) or FakeTensorMode(allow_non_fake_inputs=True)
     with mode, torch.no_grad():
         values = [torch.empty((batch, *spec.shape), dtype=spec.dtype) for spec in program.signature.inputs]
         if program.time is not None:
