@@ -87,7 +87,7 @@ def run(request: Request, progress: Progress, world: World | None = None) -> dic
     world = world or World()
     config, device_code, source = prepare(request, world)
     options = WorkOptions(
-        _working_folder(request, world),
+        working_folder(request, world),
         keep=request.workdir is not None,
         restart=request.restart,
         memory=memory_limit(request.options.get("memory"), request.config_file),
@@ -144,7 +144,7 @@ def prepare(request: Request, world: World) -> tuple[QuantConfig, DeviceOptions,
     return config, device_code, source
 
 
-def _working_folder(request: Request, world: World) -> Path | None:
+def working_folder(request: Request, world: World) -> Path | None:
     """Where finished stages are kept; nowhere while several processes work together.
 
     Raises:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from edadm_compile.calibration.sampler import timesteps
 from edadm_compile.config import QuantConfig
-from edadm_compile.driver.compile import Request, prepare, to_artifact
+from edadm_compile.driver.compile import Request, prepare, to_artifact, working_folder
 from edadm_compile.driver.device_code import DeviceOptions, make_plans
+from edadm_compile.driver.fingerprint import inputs_of
 from edadm_compile.driver.memory_estimate import Sampled, memory_estimate
 from edadm_compile.driver.outline import Outline, constants_of, make_outline
-from edadm_compile.driver.time_estimate import measure_machine, time_estimate
+from edadm_compile.driver.session import computing_with, memory_limit
+from edadm_compile.driver.time_estimate import measure_machine, time_estimate, without_done
+from edadm_compile.driver.workdir import earlier_stages
 from edadm_compile.evaluate.compare import NoiseComparison
 from edadm_compile.frontend import Source
+from edadm_compile.ir.program import layers
 from edadm_compile.kernels import aot, plan_json
 from edadm_compile.kernels.aot_cache import Cache, default_cache
 from edadm_compile.kernels.aot_process import available_cores
 from edadm_compile.parallel.world import World
 from edadm_compile.passes.base import Progress
+from edadm_compile.passes.checkpoint import machine
 from edadm_compile.passes.sensitivity import MEASURE_LIMIT
 from edadm_compile.pipeline import QUALITY_TRAJECTORIES, CompileResult
 from edadm_compile.report.truth import totals, truth_table
@@ -41,42 +47,76 @@ def run(request: Request, progress: Progress, world: World | None = None) -> dic
     Raises:
         EdadmError: what the compilation would refuse before its work.
     """
-    config, device_code, source = prepare(request, world or World())
+    world = world or World()
+    config, device_code, source = prepare(request, world)
+    folder = working_folder(request, world)
+    memory = memory_limit(request.options.get("memory"), request.config_file)
+    done = []
+    if folder is not None and not request.restart:
+        done = earlier_stages(folder, inputs_of(source, config), request.say)
     progress.stage("capture", None)
-    return {"model": source.provenance(), **estimate(source, config, device_code), "output": str(request.output)}
+    with computing_with(request.threads):
+        found = estimate(source, config, device_code, memory=memory, done=done, world=world)
+    return {
+        "model": source.provenance(),
+        **found,
+        "workdir": None if folder is None else str(folder),
+        "output": str(request.output),
+    }
 
 
-def estimate(source: Source, config: QuantConfig, device_code: DeviceOptions) -> dict[str, Any]:
+def estimate(
+    source: Source,
+    config: QuantConfig,
+    device_code: DeviceOptions,
+    *,
+    memory: int | None = None,
+    done: Sequence[str] = (),
+    world: World | None = None,
+) -> dict[str, Any]:
     """The estimate for a loaded source, as plain values.
 
+    Args:
+        memory: most bytes of caches in memory; the rest is on disk.
+        done: stages and blocks that an earlier run left (`edadm_compile.driver.workdir.earlier_stages`).
+        world: processes that would compile together; one alone is what is estimated.
+
     Returns:
-        layers by width, blocks, seconds by stage, peak memory by stage, sizes in bytes, and float layers with reasons.
+        layers by width and by kind (those of tables count as integer), blocks, seconds by stage, peak memory by stage, sizes in bytes, and float layers with reasons.
+
+    Raises:
+        EdadmError: what the compilation would refuse after capture.
     """
     start = time.perf_counter()
-    outline = make_outline(source, config)
+    outline = make_outline(source, config, world=world)
     seconds = time.perf_counter() - start
     sampled = sampled_rows(source, outline, config)
     code = _device_code(outline, device_code)
     file = expected_size(to_artifact(_result(source, outline, config, sampled))) + code["bytes"]
     rows = truth_table(outline.lowered, config.name)
-    memory = memory_estimate(outline, config, sampled, 4 * source.parameters(), _added(outline), file)
+    peaks = memory_estimate(outline, config, sampled, 4 * source.parameters(), _added(outline), file, memory)
     stages = time_estimate(outline, config, sampled, measure_machine(), seconds) | {"kernels": code["seconds"]}
-    widths: dict[str, int] = {}
-    for row in rows:
-        widths[row["executed"]] = widths.get(row["executed"], 0) + 1
+    stages = without_done(stages, done, len(outline.units) * len(config.recipe.phases))
+    widths = Counter(row["executed"] for row in rows)
+    kinds = {
+        k: Counter(r["kind"] for r in rows if (r["executed"] == "float") == (k == "float"))
+        for k in ("integer", "float")
+    }
     return {
         "config": config.name,
         "method": config.method,
         "parameters": source.parameters(),
         "nodes": outline.captured,
         "layers": dict(sorted(widths.items())),
+        "kinds": {name: dict(sorted(found.items())) for name, found in kinds.items()},
         "widths": "measured" if outline.measured else "known",
         "average_weight_bits": round(outline.average_bits, 3),
         "blocks": len(outline.units),
         "samples": {"steps": sampled.steps, "scored": sampled.scored, "collected": sampled.collected},
         "seconds": {k: round(v, 1) for k, v in stages.items()},
         "total_seconds": round(sum(stages.values()), 1),
-        "memory": memory,
+        "memory": peaks,
+        "resumed": list(done),
         "bytes": {"fp16_parameters": source.parameter_bytes(), "file": file, "gpu_code": code["bytes"]},
         "weights": totals(rows),
         "gpu_code": code,
@@ -118,18 +158,29 @@ def _result(source: Source, outline: Outline, config: QuantConfig, sampled: Samp
     quality = NoiseComparison(_LOSS, _LOSS, (_LOSS,) * sampled.steps)
     stats: dict[str, dict[str, Any]] = {
         "reconstruct": {"units": units},
-        "assign_widths": {"average_bits": outline.average_bits},
+        "assign_widths": {"average_bits": outline.average_bits, "sensitivity": _sensitivities(outline)},
+        "calibrate": {},
     }
     counts = [config.calib_samples // sampled.steps] * sampled.steps
+    scores = [_LOSS] * sampled.steps
+    selection = {"timesteps": scores, "density": scores, "diversity": scores, "radius": _LOSS}
     return CompileResult(
-        outline.qdq, outline.lowered, config, stats, {}, quality, counts, source.parameter_bytes(), source.provenance()
-    )
+        outline.qdq, outline.lowered, config, stats, {}, quality, counts, source.parameter_bytes(), source.provenance(),
+        selection, computed_with=machine(),
+    )  # fmt: skip
+
+
+def _sensitivities(outline: Outline) -> dict[str, float | None]:
+    """A measured ratio, as long as six digits are, for every layer where widths are measured."""
+    if not outline.measured:
+        return {}
+    return {info.name: 0.000123456 for info in layers(outline.lowered) if info.executed != "float"}
 
 
 def _device_code(outline: Outline, options: DeviceOptions) -> dict[str, Any]:
     """Plans as they will be, and kernels from the cache or by averages."""
     if not options.targets:
-        return {"targets": [], "plans": [], "kernels": 0, "missing": 0, "bytes": 0, "seconds": 0.0}
+        return {"targets": [], "plans": [], "kernels": 0, "missing": 0, "bytes": 0, "core_seconds": 0.0, "seconds": 0.0}
     plans = make_plans(outline.lowered, options)
     store = Cache(default_cache())
     found = {key: store.get(key) for key in aot.distinct(plans)}
@@ -140,8 +191,7 @@ def _device_code(outline: Outline, options: DeviceOptions) -> dict[str, Any]:
         {"arch": p.arch, "batch": p.batch, "launches": len(p.launches) - p.conditioning, "once": p.conditioning}
         for p in plans
     ]
-    seconds = missing * _KERNEL_SECONDS / available_cores()
     return {
         "targets": list(options.targets), "plans": launches, "kernels": len(found), "missing": missing, "bytes": size,
-        "seconds": seconds,
+        "core_seconds": len(found) * _KERNEL_SECONDS, "seconds": missing * _KERNEL_SECONDS / available_cores(),
     }  # fmt: skip

@@ -52,7 +52,13 @@ class Sampled:
 
 
 def memory_estimate(
-    outline: Outline, config: QuantConfig, sampled: Sampled, weights: int, added: int, file: int
+    outline: Outline,
+    config: QuantConfig,
+    sampled: Sampled,
+    weights: int,
+    added: int,
+    file: int,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Bytes by stage and their largest sum.
 
@@ -60,15 +66,20 @@ def memory_estimate(
         weights: bytes of the source's parameters in memory.
         added: bytes of constants that the float passes made.
         file: expected size of the file.
+        limit: most bytes of caches in memory.
+
+    Returns:
+        peak, and its stage; runtime and weights, which every stage has; stages; spilled: most bytes of caches on disk.
     """
     base = _RUNTIME + _NODE * outline.captured
     held = base + weights + added
     codes = layer_weights(_quantized_layers(outline.quantized))
+    training, spilled = _reconstructing(outline, config, sampled, limit)
     stages = {
         "calibration samples": held + _SLACK * _collecting(outline.floats, sampled),
         "widths": held + _SLACK * _sensitivity(outline, config, sampled),
         "ranges": held + _SLACK * _observing(outline, sampled),
-        "reconstruct": held + _reconstructing(outline, config, sampled),
+        "reconstruct": held + training,
         "mean correction": held + codes + _SLACK * _forward(outline.quantized, sampled.scored),
         "quality": held + file + _SLACK * _quality(outline, sampled),
         "file": held + 4 * file,
@@ -76,6 +87,7 @@ def memory_estimate(
     if config.reconstruction.iters == 0 or not config.recipe.phases:
         stages.pop("reconstruct")
         stages["mean correction"] -= codes
+        spilled = 0.0
     if not config.recipe.mean_correction:
         stages.pop("mean correction")
     name = max(stages, key=lambda k: stages[k])
@@ -85,6 +97,7 @@ def memory_estimate(
         "runtime": base,
         "weights": weights + added,
         "stages": {k: round(v) for k, v in stages.items()},
+        "spilled": round(spilled),
     }
 
 
@@ -133,26 +146,29 @@ def _patches(node: fx.Node) -> float:
     return float(pixels * (2.0 * math.prod(weight[1:]) + 8.0 * weight[0]))
 
 
-def _reconstructing(outline: Outline, config: QuantConfig, sampled: Sampled) -> float:
-    """Most bytes above weights and runtime while the units are trained one after the other."""
+def _reconstructing(outline: Outline, config: QuantConfig, sampled: Sampled, limit: int | None) -> tuple[float, float]:
+    """Most bytes in memory, above weights and runtime, and in files while the units are trained one after the other."""
     program, rows = outline.quantized, sampled.collected
     streams = Streams(program, outline.units, _empty_inputs(program))
     # The largest chunk that a run takes follows from the closures alone.
     chunk = min(streams.chunk, rows)
-    most = codes = 0.0
+    most = codes = spilled = 0.0
+    stored = getattr(torch, config.reconstruction.target_dtype).itemsize / 4
     for step, closure, live in streams.stations():
         cached = 2 * sum(value_bytes(n) for n in live) * rows
         inside = kept_by(closure) * chunk
         if isinstance(step, Unit):
             watched = [n for n in step.layers if n is not step.output and config.recipe.layer_loss_weight]
-            cached += sum(value_bytes(n) for n in (step.output, *watched) if is_batched(n)) * rows
+            targets = [value_bytes(n) * rows for n in (step.output, *watched) if is_batched(n)]
+            cached += stored * sum(targets) + max(targets, default=0.0)  # with the squares of one for its mean
             per_row = training_bytes(program, closure)
             batch = rows_within(STEP_BYTES, per_row, config.reconstruction.batch)
             weights = 4.0 * layer_weights(step.layers)
             inside = max(inside, per_row * batch + _PER_WEIGHT * weights)
             codes += weights / 4
-        most = max(most, codes + _SLACK * (cached + inside))
-    return most
+        kept = cached if limit is None else min(cached, limit)
+        most, spilled = max(most, codes + _SLACK * (kept + inside)), max(spilled, cached - kept)
+    return most, spilled
 
 
 def _empty_inputs(program: Program) -> list[torch.Tensor]:

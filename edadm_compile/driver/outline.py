@@ -18,15 +18,19 @@ from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import LayerInfo, Program, get_constant, layer_of
 from edadm_compile.ir.subgraph import Unit, find_units, output_of
 from edadm_compile.ir.valueless import without_values
+from edadm_compile.parallel.world import World
 from edadm_compile.passes.assign_widths import AssignWidths, average_bits
 from edadm_compile.passes.base import Context, run_passes
 from edadm_compile.passes.calibrate import activation_quantizers, weight_quantizers
+from edadm_compile.passes.finite import check_parameters
 from edadm_compile.passes.freeze import Freeze
 from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.layer_roles import annotate, apply_rules, quantized_layers
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import add_table
 from edadm_compile.passes.mixed_widths import check_reachable, measurable
+from edadm_compile.passes.row_shares import check_divisible
+from edadm_compile.passes.rule_check import check_rules
 from edadm_compile.pipeline import capture, float_passes
 
 #: Stand-ins of typical length for what only calibration finds; they are text in the file.
@@ -59,17 +63,22 @@ class Outline:
     original: frozenset[str]
 
 
-def make_outline(source: Source, config: QuantConfig, program: Program | None = None) -> Outline:
+def make_outline(
+    source: Source, config: QuantConfig, program: Program | None = None, world: World | None = None
+) -> Outline:
     """Capture a source, or take what was captured of it, and run the passes on shapes alone.
 
     Raises:
         EdadmError: what the compilation would be refused for after capture.
     """
-    ctx = Context(config)
+    ctx = Context(config, world=world or World())
     program = capture(source) if program is None else program
+    check_parameters(program)
     captured, original = len(program.graph_module.graph.nodes), frozenset(constants_of(program))
     floats = run_passes(without_values(program), float_passes(), ctx)
+    check_rules(floats, config)
     check_reachable(floats, config)
+    check_divisible(floats, ctx)
     measured = _is_measured(floats, config)
     annotated = floats.fork()
     if measured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,24 @@ def time_estimate(
         rows = measured_rows(sampled.steps, sampled.scored, outline.floats.sampler.branches)
         stages["widths"] = (1 + layers / 2) * rows * forward + weights * _COARSE_OPS / machine.elements
     return stages
+
+
+#: Stages of the estimate by the names of an earlier run's results.
+_STAGES = {"calibration": "calibration", "assign_widths": "widths", "calibrate": "ranges",
+           "mean_correction": "mean correction", "quality": "quality"}  # fmt: skip
+
+
+def without_done(stages: Mapping[str, float], done: Sequence[str], blocks: int) -> dict[str, float]:
+    """What is left of `stages` when an earlier run left the results `done`.
+
+    Args:
+        blocks: to reconstruct in all phases together.
+    """
+    finished = {_STAGES[name] for name in done if name in _STAGES}
+    left = {name: 0.0 if name in finished else seconds for name, seconds in stages.items()}
+    trained = sum(name.startswith("reconstruct.") for name in done)
+    left["reconstruct"] *= 1 - trained / max(1, blocks)
+    return left
 
 
 def _forward(program: Program, machine: Machine) -> float:

@@ -38,8 +38,22 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("calibration", f"{samples['collected']} rows, {samples['scored']} scored at {samples['steps']} steps"),
         ("time", f"about {_duration(plan['total_seconds'])} on this machine as it is now ({stages})"),
         ("peak memory", f"about {_gigabytes(memory['peak'])} ({peaks})"),
+        *_disk(plan),
         ("file", f"about {human(sizes['file'])}, {human(sizes['fp16_parameters'])} in fp16{_code(plan['gpu_code'])}"),
     ]
+
+
+def _disk(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """What lies in the working folder, where something does."""
+    rows = []
+    if plan["memory"]["spilled"]:
+        rows.append(("on disk", f"{_gigabytes(plan['memory']['spilled'])} of caches in {plan['workdir']}"))
+    if plan["resumed"]:
+        blocks = sum(name.startswith("reconstruct.") for name in plan["resumed"])
+        others = [name.replace("_", " ") for name in plan["resumed"] if not name.startswith("reconstruct.")]
+        found = ", ".join([*others, *([f"{blocks} blocks"] if blocks else [])])
+        rows.append(("resumed", f"{found} from {plan['workdir']}; the time is that of the rest"))
+    return rows
 
 
 def _code(code: dict[str, Any]) -> str:
