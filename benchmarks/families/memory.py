@@ -63,16 +63,16 @@ def _random(architecture: Architecture) -> Callable[[Path], tuple[Path, list[str
 _FLAGS = {"conditions": "--cond", "factory": "--factory"}
 _SMALL = "[tdac]\ntrajectories = 8\n"
 CASES = {
-    "digits": Case(_digits, ("--iters", "5", "--calib-samples", "64")),
+    "digits": Case(_digits, ("--w4a8", "--iters", "5", "--calib-samples", "64")),
     "digits, 512 samples, w8a8": Case(_digits, ("--w8a8", "--iters", "2", "--calib-samples", "512")),
     "DDIM CIFAR-10": Case(
         _random(ARCHITECTURES["ddim-cifar10"]),
-        ("--iters", "1", "--calib-samples", "16", "--steps", "4"),
+        ("--w4a8", "--uniform", "--iters", "1", "--calib-samples", "32", "--steps", "4"),
         _SMALL + "[reconstruction]\nbatch = 8\n",
     ),
     "SD 1.5, reduced": Case(
         _random(twin(ARCHITECTURES["sd-1.5"], width=8)),
-        ("--iters", "2", "--calib-samples", "64", "--steps", "4"),
+        ("--w4a8", "--iters", "2", "--calib-samples", "64", "--steps", "4"),
         _SMALL,
     ),
 }
