@@ -26,7 +26,8 @@ from edadm_compile.passes.streams import Streams
 _RUNTIME = 640 << 20
 #: What a node of a graph and its copies in the passes take.
 _NODE = 24 << 10
-#: The allocator keeps some of what values of changing sizes gave back.
+#: The allocator keeps some of what values of changing sizes gave back. What the forward of the range search took stays with it:
+#: the values that the search keeps lie above.
 _SLACK = 1.12
 #: Float values kept for the range search of one quantizer.
 _OBSERVED = 40_000 * 4
@@ -73,15 +74,16 @@ def memory_estimate(
     """
     base = _RUNTIME + _NODE * outline.captured
     held = base + weights + added
+    left = _forward(outline.floats, min(64, sampled.collected))
     codes = layer_weights(_quantized_layers(outline.quantized))
     training, spilled = _reconstructing(outline, config, sampled, limit)
     stages = {
         "calibration samples": held + _SLACK * _collecting(outline.floats, sampled),
         "widths": held + _SLACK * _sensitivity(outline, config, sampled),
         "ranges": held + _SLACK * _observing(outline, sampled),
-        "reconstruct": held + training,
-        "mean correction": held + codes + _SLACK * _forward(outline.quantized, sampled.scored),
-        "quality": held + file + _SLACK * _quality(outline, sampled),
+        "reconstruct": held + left + training,
+        "mean correction": held + left + codes + _SLACK * _forward(outline.quantized, sampled.scored),
+        "quality": held + left + file + _SLACK * _quality(outline, sampled),
         "file": held + 4 * file,
     }
     if config.reconstruction.iters == 0 or not config.recipe.phases:
