@@ -57,7 +57,7 @@ class Workdir:
         self._restored: dict[str, float] = {}
         self._kept: list[str] = []
         self._made = not folder.exists()
-        self._refuse_strange()  # before the lock lies in somebody else's folder
+        _refuse_strange(folder)  # before the lock lies in somebody else's folder
         try:
             folder.mkdir(exist_ok=True)
             self._lock = take_lock(folder / "lock")
@@ -65,13 +65,6 @@ class Workdir:
             raise ResourceError(
                 f"cannot work in {folder}: {error.strerror or error}; name a writable folder with --workdir"
             ) from None
-
-    def _refuse_strange(self) -> None:
-        strange = sorted(p.name for p in self.folder.iterdir() if not _is_ours(p.name)) if self.folder.is_dir() else []
-        if strange and not (self.folder / "run.json").exists():
-            raise ResourceError(
-                f"{self.folder} is neither empty nor a working folder (it holds {strange[0]}); name another with --workdir"
-            )
 
     @property
     def spill(self) -> Path:
@@ -208,13 +201,22 @@ def earlier_stages(folder: Path, inputs: dict[str, Any], say: Callable[[str], No
 
     Raises:
         ResumeError: the folder holds results for other inputs.
-        ResourceError: it cannot be read.
+        ResourceError: it cannot be read, or is somebody else's.
     """
+    _refuse_strange(folder)
     old = _read(folder, say)
     if not old:
         return []
     _compare(folder, {k: v for k, v in old["inputs"].items() if k != "program"}, inputs)
     return _stage_names(folder)
+
+
+def _refuse_strange(folder: Path) -> None:
+    strange = sorted(p.name for p in folder.iterdir() if not _is_ours(p.name)) if folder.is_dir() else []
+    if strange and not (folder / "run.json").exists():
+        raise ResourceError(
+            f"{folder} is neither empty nor a working folder (it holds {strange[0]}); name another with --workdir"
+        )
 
 
 def _stage_names(folder: Path) -> list[str]:

@@ -134,6 +134,8 @@ def test_the_command_tells_what_the_compilation_then_does_and_writes_nothing(che
     assert (
         f"{plan['blocks']} to reconstruct" in text and "no GPU code" in text and "the time is that of the rest" in text
     )
+    result, _ = _compile(checkpoint, tmp_path, "--dry-run", "--workdir", str(tmp_path))  # before capture
+    assert result.exit_code != 0 and "is neither empty nor a working folder" in result.output
     result, _ = _compile(checkpoint, tmp_path, "--dry-run", "--seed", "7")
     assert result.exit_code != 0 and "holds an earlier compilation with other inputs" in result.output
 
