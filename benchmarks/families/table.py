@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -62,6 +63,8 @@ def build_empty(architecture: Architecture) -> nn.Module:
 def _filled(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if value.is_floating_point() and value.numel() <= _RANDOM:
         return torch.randn(value.shape, generator=generator, dtype=value.dtype)
+    if value.dtype == torch.float32:  # torch would write its zeros, and take memory for them
+        return torch.from_numpy(np.zeros(value.shape, np.float32))
     return torch.zeros(value.shape, dtype=value.dtype)
 
 
