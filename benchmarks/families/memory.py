@@ -77,7 +77,7 @@ CASES = {
     "SD 1.5": Case(
         _random(ARCHITECTURES["sd-1.5"]),
         ("--w4a8", "--iters", "20", "--calib-samples", "8", "--steps", "2"),
-        "[tdac]\ntrajectories = 4\n[reconstruction]\nbatch = 2\n",
+        "[tdac]\ntrajectories = 1\n[reconstruction]\nbatch = 1\n",
     ),
 }
 #: Cases that take about an hour: run where they are named.
