@@ -115,7 +115,7 @@ def rows_at_once(program: Program, budget: float, wanted: int) -> int:
     wanted = min(wanted, signature.max_batch)
     if kept_by(program.graph_module.graph.nodes) * wanted <= budget:  # does even when nothing is freed
         return wanted
-    return rows_within(budget, Footprint(program).peak, wanted)
+    return rows_within(budget, Footprint(program).peak, wanted, signature.min_batch)
 
 
 def rows_within(budget: float, per_row: float, wanted: int, least: int = 1) -> int:

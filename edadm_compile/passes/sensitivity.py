@@ -59,7 +59,7 @@ def _pieces(program: Program, ctx: Context) -> list[tuple[Tensor, ...]]:
     """The measurement batch, cut where the values of a forward would exceed `MOST_BYTES`, as many changed ones beside them."""
     inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, program.sampler.branches)
     rows = len(inputs[0])
-    if program.signature.min_batch < program.signature.max_batch:
+    if program.signature.min_batch == 1:  # else the last piece could be too small for the graph
         rows = rows_within(MOST_BYTES, 2 * kept_by(program.graph_module.graph.nodes), rows)
     return list(zip(*(v.split(rows) for v in inputs), strict=True))
 

@@ -69,9 +69,8 @@ class Streams:
         self._steps = self._schedule(units)
         self._last_use = self._last_uses()
         if not self._fixed:
-            self._chunk = rows_within(
-                _MOST_BYTES, max((kept_by(self.closure(s)) for s in self._steps), default=0.0), self._chunk
-            )
+            largest = max((kept_by(self.closure(s)) for s in self._steps), default=0.0)
+            self._chunk = rows_within(_MOST_BYTES, largest, self._chunk, signature.min_batch)
 
     @property
     def chunk(self) -> int:
