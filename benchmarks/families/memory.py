@@ -63,7 +63,6 @@ _FLAGS = {"conditions": "--cond", "factory": "--factory"}
 _SMALL = "[tdac]\ntrajectories = 8\n"
 CASES = {
     "digits": Case(_digits, ("--w4a8", "--iters", "5", "--calib-samples", "64")),
-    "digits, 512 samples, w8a8": Case(_digits, ("--w8a8", "--iters", "2", "--calib-samples", "512")),
     "DDIM CIFAR-10": Case(
         _random(ARCHITECTURES["ddim-cifar10"]),
         ("--w4a8", "--uniform", "--iters", "1", "--calib-samples", "32", "--steps", "4"),
