@@ -1,4 +1,4 @@
-"""Write the results sections of README.md from the result files.
+"""Write the results sections of README.md and docs/families.md from the result files.
 
 python benchmarks/render.py          rewrite the sections
 python benchmarks/render.py --check  exit 1 when they do not match the files
@@ -12,9 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # run as a file: the repository's folder is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.families.tables import families_table, memory_table, reasons_list
+
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "benchmarks" / "results" / "cpu-2core" / "digits_quality.json"
 CIFAR10 = ROOT / "benchmarks" / "results" / "cpu-2core" / "onnxruntime_cifar10.json"
+FAMILIES = ROOT / "benchmarks" / "results" / "cpu-2core" / "families.json"
+MEMORY = ROOT / "benchmarks" / "results" / "cpu-2core" / "memory.json"
 METHODS = ROOT / "benchmarks" / "results" / "cpu-2core" / "methods.json"
 ABLATIONS = ROOT / "benchmarks" / "results" / "cpu-2core" / "ablations.json"
 KERNELS = ROOT / "benchmarks" / "results" / "h200" / "kernel_targets.json"
@@ -218,6 +225,21 @@ def rendered(text: str) -> str:
         "speed": speed_table(json.loads(CIFAR10.read_text())),
         "kernels": kernels_table(json.loads(KERNELS.read_text())),
     }
+    return _with_sections(text, sections)
+
+
+def rendered_families(text: str) -> str:
+    """docs/families.md with its sections from the files."""
+    families = json.loads(FAMILIES.read_text())
+    sections = {
+        "families": families_table(families),
+        "reasons": reasons_list(families),
+        "memory": memory_table(json.loads(MEMORY.read_text())),
+    }
+    return _with_sections(text, sections)
+
+
+def _with_sections(text: str, sections: dict[str, str]) -> str:
     for name, section in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         head, _, rest = text.partition(begin)
@@ -230,13 +252,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    wanted = rendered(text)
-    if check and wanted != text:
-        sys.exit("README.md: a results section does not match benchmarks/results; run python benchmarks/render.py")
-    if not check:
-        readme.write_text(wanted)
+    for name, render in {"README.md": rendered, "docs/families.md": rendered_families}.items():
+        page = ROOT / name
+        text = page.read_text()
+        wanted = render(text)
+        if check and wanted != text:
+            sys.exit(f"{name}: a results section does not match benchmarks/results; run python benchmarks/render.py")
+        if not check:
+            page.write_text(wanted)
 
 
 if __name__ == "__main__":

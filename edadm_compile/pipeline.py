@@ -14,11 +14,13 @@ from edadm_compile.calibration import sampler
 from edadm_compile.calibration.collect import collect
 from edadm_compile.calibration.dataset import CalibrationSet
 from edadm_compile.calibration.given import CalibrationSamples
+from edadm_compile.calibration.sampler import in_pieces
 from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.evaluate.compare import NoiseComparison, compare_noise
 from edadm_compile.frontend import Source
 from edadm_compile.ir.dialects import verify
+from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import reference as _reference  # registers the operators' meaning  # noqa: F401
 from edadm_compile.parallel.world import World, divided
@@ -41,6 +43,7 @@ from edadm_compile.passes.out_of_memory import memory_guard
 from edadm_compile.passes.reconstruct import Reconstruct
 from edadm_compile.passes.row_shares import check_divisible
 from edadm_compile.passes.rule_check import check_rules
+from edadm_compile.passes.sensitivity import MEASURE_LIMIT
 from edadm_compile.passes.split_concat import SplitConcat
 from edadm_compile.passes.time_tables import FoldTimePath
 from edadm_compile.passes.trace import trace
@@ -48,7 +51,7 @@ from edadm_compile.passes.upsample_phases import UpsamplePhases
 from edadm_compile.report.truth import program_rows
 
 #: Fresh trajectories for the closing quality figure.
-_QUALITY_TRAJECTORIES = 16
+QUALITY_TRAJECTORIES = 16
 
 
 def float_passes() -> list[Pass]:
@@ -266,16 +269,21 @@ def _evaluations(program: Program, config: QuantConfig) -> int:
 
 def _quality(program: Program, lowered: Program, source: Source, ctx: Context) -> NoiseComparison:
     generator = ctx.generator(3)
-    n = _QUALITY_TRAJECTORIES
+    n = QUALITY_TRAJECTORIES
+    if source.parameters() > MEASURE_LIMIT:  # no more than were afforded before
+        n = min(n, ctx.config.tdac.trajectories)
     x = sampler.draw_noise(program.signature, n, generator)
     conditions = sampler.draw_conditions(program.signature, n, generator, source.conditions, program.sampler.null)
     ctx.progress.stage("quality", len(sampler.timesteps(program.sampler)))
+    reference, candidate = (
+        in_pieces(p, rows_at_once(p, MOST_BYTES, p.signature.max_batch)) for p in (program, lowered)
+    )
 
     def counted(*inputs: torch.Tensor) -> torch.Tensor:
         ctx.progress.advance(1)
-        return lowered(*inputs)
+        return candidate(*inputs)
 
-    return compare_noise(divided(program, ctx.world), divided(counted, ctx.world), program.sampler, x, conditions)
+    return compare_noise(divided(reference, ctx.world), divided(counted, ctx.world), program.sampler, x, conditions)
 
 
 class _Clock:

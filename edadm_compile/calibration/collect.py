@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from edadm_compile.calibration.given import CalibrationSamples, given_set
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
 from edadm_compile.ir.analysis import shape_of, x_dependent
+from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.ops import op_name
 from edadm_compile.ir.program import Program
 from edadm_compile.parallel.world import World, divided
@@ -65,6 +67,7 @@ class _FeatureTap(fx.Interpreter):
         super().__init__(program.graph_module)
         self._node = node
         self._program, self._world = program, world
+        self._most = rows_at_once(program, MOST_BYTES, program.signature.max_batch)
         self.feature = torch.empty(0)
 
     def run_node(self, n: fx.Node) -> object:
@@ -82,9 +85,9 @@ class _FeatureTap(fx.Interpreter):
 
     def _rows(self, *inputs: Tensor) -> Tensor:
         signature = self._program.signature
-        if not signature.min_batch <= inputs[0].shape[0] <= signature.max_batch:
+        if not signature.min_batch <= inputs[0].shape[0] <= self._most:
             parts, features = [], []
-            for piece, rows in signature.batches(inputs):
+            for piece, rows in replace(signature, max_batch=self._most).batches(inputs):
                 parts.append(self._rows(*piece)[:rows])
                 features.append(self.feature[:rows])
             self.feature = torch.cat(features)
@@ -130,7 +133,8 @@ def collect(
     x = sampler.draw_noise(program.signature, assigned.numel(), generator)
     conditions = sampler.draw_conditions(program.signature, assigned.numel(), generator, pool, program.sampler.null)
     states = []
-    for rows in torch.arange(assigned.numel()).split(_CHUNK):  # sorted by step: a chunk stops early together
+    chunk = rows_at_once(program, MOST_BYTES / program.sampler.branches, _CHUNK)
+    for rows in torch.arange(assigned.numel()).split(chunk):  # sorted by step: a chunk stops early together
         mine = x[rows], [c[rows] for c in conditions], assigned[rows]
         states.append(_run_down(program, *mine, generator, advance, world))
     order = torch.randperm(assigned.numel(), generator=generator)

@@ -91,6 +91,11 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 @sampler_options
 @work_options
 @click.option("--report", type=FILE, metavar="FILE.html", help="Also write a page about the result.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Capture, then print layers, blocks, expected time, peak memory and file size; compile nothing.",
+)
 @click.option("--dump-graphs", type=FILE, metavar="DIR", help="Write the graph after each pass.")
 @output_options("No progress, no summary.")
 @guarded
@@ -110,6 +115,7 @@ def compile(
     workdir: Path | None,
     restart: bool,
     threads: int | None,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Compile MODEL to an integer program.
@@ -117,9 +123,10 @@ def compile(
     MODEL is a checkpoint dictionary, a torch.export archive, a diffusers folder, or a state dict with --factory.
     """
     from edadm_compile.driver import compile as driver
+    from edadm_compile.driver import dry_run as plan
     from edadm_compile.parallel.launch import processes
+    from edadm_compile.report import dry_run_tables, report_lines, tables
     from edadm_compile.report import progress as bars
-    from edadm_compile.report import report_lines, tables
 
     request = driver.Request(
         model=model,
@@ -142,11 +149,13 @@ def compile(
         processes() as world,
         bars.reporter(quiet or not world.leads, verbose) as progress,
     ):
-        summary = driver.run(request, progress, world)
+        summary = (plan if dry_run else driver).run(request, progress, world)
     if not world.leads:
         return
     if as_json:
         print_json(summary)
+    elif dry_run:
+        dry_run_tables.print_dry_run(summary)
     elif not quiet:
         tables.print_summary(summary)
         if report is not None:

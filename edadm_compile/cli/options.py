@@ -126,6 +126,15 @@ def stopping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _one_shape(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> str | None:
+    """The one value; of several, none would be left out unsaid."""
+    if len(given) > 1:
+        raise click.BadParameter(
+            f"got {len(given)} shapes ({' and '.join(given)}), a file holds one; compile one file for each", ctx, param
+        )
+    return given[0] if given else None
+
+
 def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say how to load a model; shared by every verb that takes one."""
     for option in (
@@ -159,7 +168,13 @@ def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--scheduler", type=FILE, metavar="FILE.json", help="diffusers scheduler_config.json of the sampler."
         ),
-        click.option("--shape", metavar="C,H,W", help="Input shape when it cannot be inferred."),
+        click.option(
+            "--shape",
+            metavar="C,H,W",
+            multiple=True,
+            callback=_one_shape,
+            help="Input shape when it cannot be inferred.",
+        ),
     ):
         function = option(function)
     return function

@@ -84,25 +84,10 @@ def run(request: Request, progress: Progress, world: World | None = None) -> dic
         EdadmError: bad input, or a failed compilation. An existing output file stays as it was.
         Stopped: SIGINT or SIGTERM; finished stages are kept in the working folder.
     """
-    if request.device != "cpu":
-        raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
     world = world or World()
-    if world.leads:  # the others may be on machines where the folder does not exist
-        check_writable(request.output)
-        if request.report is not None:
-            reports.check(request.report)
-    config = make_config(request.options, request.config_file)
-    # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
-    targets = "none" if config.deploy and request.targets is None else request.targets
-    device_code = options_of(targets, request.batch, request.store)
-    _check_device_code(config, device_code)
-    loading = load_options(request.options)
-    eta = request.options.get("eta") or 0.0
-    source = load_source(
-        request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
-    )
+    config, device_code, source = prepare(request, world)
     options = WorkOptions(
-        _working_folder(request, world),
+        working_folder(request, world),
         keep=request.workdir is not None,
         restart=request.restart,
         memory=memory_limit(request.options.get("memory"), request.config_file),
@@ -134,7 +119,32 @@ def run(request: Request, progress: Progress, world: World | None = None) -> dic
     return found
 
 
-def _working_folder(request: Request, world: World) -> Path | None:
+def prepare(request: Request, world: World) -> tuple[QuantConfig, DeviceOptions, Source]:
+    """Everything before the work: settings, GPU code to make, the loaded model.
+
+    Raises:
+        EdadmError: settings, files or an output that cannot be used.
+    """
+    if request.device != "cpu":
+        raise InputError(f"--device: got {request.device!r}, this version calibrates and reconstructs on 'cpu' only")
+    if world.leads:  # the others may be on machines where the folder does not exist
+        check_writable(request.output)
+        if request.report is not None:
+            reports.check(request.report)
+    config = make_config(request.options, request.config_file)
+    # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
+    targets = "none" if config.deploy and request.targets is None else request.targets
+    device_code = options_of(targets, request.batch, request.store)
+    _check_device_code(config, device_code)
+    loading = load_options(request.options)
+    eta = request.options.get("eta") or 0.0
+    source = load_source(
+        request.model, dataclasses.replace(loading, eta=eta, guidance=guidance_options(request.options))
+    )
+    return config, device_code, source
+
+
+def working_folder(request: Request, world: World) -> Path | None:
     """Where finished stages are kept; nowhere while several processes work together.
 
     Raises:

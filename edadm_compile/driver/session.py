@@ -90,7 +90,7 @@ def session(options: WorkOptions, inputs: dict[str, Any]) -> Iterator[Session]:
     if options.memory is not None and options.folder is None:
         raise InputError("memory: a limit needs a working folder (workdir), where caches beyond it go")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_computing_with(options.threads))
+        stack.enter_context(computing_with(options.threads))
         if options.folder is None:
             yield Session(None, Caches())
             return
@@ -129,7 +129,12 @@ def _working(folder: Path, say: Callable[[str], None], *, keep: bool) -> Iterato
 
 
 @contextlib.contextmanager
-def _computing_with(threads: int | None) -> Iterator[None]:
+def computing_with(threads: int | None) -> Iterator[None]:
+    """So many threads for a while; None leaves torch's setting.
+
+    Raises:
+        InputError: fewer than one.
+    """
     if threads is not None and threads < 1:
         raise InputError(f"threads: got {threads}, must be at least 1")
     before = torch.get_num_threads()

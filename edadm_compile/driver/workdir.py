@@ -57,7 +57,7 @@ class Workdir:
         self._restored: dict[str, float] = {}
         self._kept: list[str] = []
         self._made = not folder.exists()
-        self._refuse_strange()  # before the lock lies in somebody else's folder
+        _refuse_strange(folder)  # before the lock lies in somebody else's folder
         try:
             folder.mkdir(exist_ok=True)
             self._lock = take_lock(folder / "lock")
@@ -65,13 +65,6 @@ class Workdir:
             raise ResourceError(
                 f"cannot work in {folder}: {error.strerror or error}; name a writable folder with --workdir"
             ) from None
-
-    def _refuse_strange(self) -> None:
-        strange = sorted(p.name for p in self.folder.iterdir() if not _is_ours(p.name)) if self.folder.is_dir() else []
-        if strange and not (self.folder / "run.json").exists():
-            raise ResourceError(
-                f"{self.folder} is neither empty nor a working folder (it holds {strange[0]}); name another with --workdir"
-            )
 
     @property
     def spill(self) -> Path:
@@ -97,17 +90,17 @@ class Workdir:
         for folder in (self.folder, self._stages):
             for temporary in folder.glob(".*.tmp"):  # of a killed process: the lock is ours
                 temporary.unlink(missing_ok=True)
-        self._old = {} if restart else self._read()
+        self._old = {} if restart else _read(self.folder, self._say)
         if not self._old:
             self._discard()
             return
-        self._compare({k: v for k, v in self._old["inputs"].items() if k != "program"}, inputs)
+        _compare(self.folder, {k: v for k, v in self._old["inputs"].items() if k != "program"}, inputs)
 
     def begin(self, program: Program) -> None:
         """Check that what is kept belongs to the captured program, and say what will be taken from it."""
         self._inputs = {**self._inputs, "program": program_of(program)}
         if self._old:
-            self._compare(self._old["inputs"], self._inputs)
+            _compare(self.folder, self._old["inputs"], self._inputs)
             self._tell()
         else:
             body = {"format": FORMAT, "inputs": self._inputs, "machine": machine()}
@@ -168,20 +161,8 @@ class Workdir:
             os.close(self._lock)
             self._lock = None
 
-    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        changed = differences(old, new)
-        if not changed:
-            return
-        more = f", and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        raise ResumeError(
-            f"{self.folder} holds an earlier compilation with other inputs: {'; '.join(changed[:_SHOWN])}{more}. Give the "
-            "earlier inputs to resume it, --restart (restart=True) to discard it and begin again, or another --workdir "
-            "to keep both"
-        )
-
     def _tell(self) -> None:
-        found = sorted(p.name.removesuffix(".safetensors") for p in self._stages.glob("*.safetensors"))
-        done = _in_words(found) or "nothing yet"
+        done = _in_words(_stage_names(self.folder)) or "nothing yet"
         self._say(f"resuming from {self.folder}: {done} from an earlier run")
         others = differences(self._old.get("machine", {}), machine())
         if others:
@@ -189,24 +170,6 @@ class Workdir:
                 f"the earlier run was made elsewhere ({'; '.join(others)}): the file is valid, but its last bits may "
                 "differ from those of one run"
             )
-
-    def _read(self) -> dict[str, Any]:
-        """``run.json``, or nothing where it is missing or damaged."""
-        try:
-            text = (self.folder / "run.json").read_text()
-        except FileNotFoundError:
-            return {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise ResourceError(f"cannot read {self.folder / 'run.json'}: {error}") from None
-        try:
-            record = json.loads(text)
-            if record["sha256"] == _sha(record["body"]) and record["body"]["format"] == FORMAT:
-                body: dict[str, Any] = record["body"]
-                return body
-        except (ValueError, LookupError, TypeError):
-            pass
-        self._say(f"{self.folder / 'run.json'} is damaged or of another version: everything is made again")
-        return {}
 
     def _discard(self) -> None:
         (self.folder / "run.json").unlink(missing_ok=True)  # first: without it no stage is believed
@@ -228,6 +191,67 @@ class Workdir:
                 f"cannot keep {name} in {self.folder}: {error.strerror or error}; free space there or name another folder "
                 "with --workdir, then run the same command again: what was kept before is whole"
             ) from None
+
+
+def earlier_stages(folder: Path, inputs: dict[str, Any], say: Callable[[str], None]) -> list[str]:
+    """Stages and blocks that a compilation with these inputs would start from; the folder is only looked at.
+
+    Args:
+        inputs: see `edadm_compile.driver.fingerprint.inputs_of`; what is known after capture is not compared.
+
+    Raises:
+        ResumeError: the folder holds results for other inputs.
+        ResourceError: it cannot be read, or is somebody else's.
+    """
+    _refuse_strange(folder)
+    old = _read(folder, say)
+    if not old:
+        return []
+    _compare(folder, {k: v for k, v in old["inputs"].items() if k != "program"}, inputs)
+    return _stage_names(folder)
+
+
+def _refuse_strange(folder: Path) -> None:
+    strange = sorted(p.name for p in folder.iterdir() if not _is_ours(p.name)) if folder.is_dir() else []
+    if strange and not (folder / "run.json").exists():
+        raise ResourceError(
+            f"{folder} is neither empty nor a working folder (it holds {strange[0]}); name another with --workdir"
+        )
+
+
+def _stage_names(folder: Path) -> list[str]:
+    return sorted(p.name.removesuffix(".safetensors") for p in (folder / "stages").glob("*.safetensors"))
+
+
+def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = differences(old, new)
+    if not changed:
+        return
+    more = f", and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    raise ResumeError(
+        f"{folder} holds an earlier compilation with other inputs: {'; '.join(changed[:_SHOWN])}{more}. Give the "
+        "earlier inputs to resume it, --restart (restart=True) to discard it and begin again, or another --workdir "
+        "to keep both"
+    )
+
+
+def _read(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """``run.json``, or nothing where it is missing or damaged."""
+    try:
+        text = (folder / "run.json").read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResourceError(f"cannot read {folder / 'run.json'}: {error}") from None
+    try:
+        record = json.loads(text)
+        if record["sha256"] == _sha(record["body"]) and record["body"]["format"] == FORMAT:
+            body: dict[str, Any] = record["body"]
+            return body
+    except (ValueError, LookupError, TypeError):
+        pass
+    say(f"{folder / 'run.json'} is damaged or of another version: everything is made again")
+    return {}
 
 
 def _in_words(names: list[str]) -> str:

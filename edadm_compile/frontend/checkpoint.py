@@ -27,6 +27,7 @@ from edadm_compile.frontend.added_conditions import takes_added_conditions
 from edadm_compile.frontend.prompts import Encoded
 from edadm_compile.frontend.size_check import check_fits
 from edadm_compile.frontend.source import Source, source_from_module
+from edadm_compile.frontend.unfilled import build_unfilled, fill
 from edadm_compile.ir.program import SamplerSpec
 
 FORMAT = "edadm_compile.checkpoint/1"
@@ -73,7 +74,7 @@ def load(
 
 
 def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
-    """Instantiate a diffusers UNet from its configuration.
+    """Instantiate a diffusers UNet from its configuration, for `load_weights` to fill.
 
     Raises:
         InputError: a class outside `MODEL_CLASSES`, or a configuration it refuses.
@@ -85,7 +86,7 @@ def build(class_name: str, config: dict[str, Any], where: str) -> nn.Module:
     import diffusers
 
     try:
-        model = getattr(diffusers, class_name).from_config(config)
+        model = build_unfilled(lambda: getattr(diffusers, class_name).from_config(config))
     except Exception as error:
         raise InputError(f"{where}: {class_name} refuses its configuration: {error}") from None
     assert isinstance(model, nn.Module)
@@ -109,15 +110,15 @@ def shapes_of(state: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load a state dict strictly.
 
-    Tensors of another float type are converted one at a time while they are copied, so that nothing but the model itself
-    takes memory where they are mapped from a file.
+    Tensors of the model's types are taken as they are: mapped from a file, they stay there until they are read. Those of
+    another type are converted.
 
     Raises:
         InputError: missing, unexpected or wrongly shaped tensors.
     """
     shapes_of(state, where)
     try:
-        model.load_state_dict(state)
+        fill(model, state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InputError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from edadm_compile.calibration.schedulers import fractional_timestep
@@ -202,6 +204,16 @@ def _infer_shape(module: nn.Module) -> tuple[int, int, int]:
     return (channels, int(height), int(width))
 
 
+def _shapes_only(module: nn.Module) -> AbstractContextManager[Any]:
+    """Fake tensors for diffusers' UNets, which take timesteps of every type: their call checks shapes alone.
+
+    Other modules compute: fake tensors let products of mixed types pass that the real ones refuse.
+    """
+    if type(module).__module__.startswith("diffusers.models.unets."):
+        return FakeTensorMode(allow_non_fake_inputs=True)
+    return nullcontext()
+
+
 def _timestep_spec(
     module: nn.Module, inputs: list[InputSpec], fixed: dict[str, Any], fractional: float | None
 ) -> InputSpec:
@@ -214,7 +226,7 @@ def _timestep_spec(
     for dtype in (torch.int64, torch.float32) if fractional is None else (torch.float32,):
         values = [torch.zeros((2, *s.shape), dtype=dtype if s.role == "t" else s.dtype) for s in inputs]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _shapes_only(module):
                 pick_tensor(
                     module(
                         values[0],

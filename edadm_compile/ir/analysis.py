@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from edadm_compile.ir.ops import LAYER_OPS, op_name
 from edadm_compile.ir.program import Program, get_constant
@@ -99,24 +99,35 @@ class _Recorder(fx.Interpreter):
 
 
 @contextmanager
-def shapes_only() -> Iterator[None]:
+def shapes_only(mode: FakeTensorMode | None = None) -> Iterator[None]:
     """New tensors have no memory, operators compute shapes and types.
 
     Where shapes do not fit, operators raise; torch would log a traceback beside it, which is not for users.
+
+    Args:
+        mode: of tensors without memory that are there already; None: there are none.
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with mode or FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             yield
     finally:
         logger.setLevel(level)
 
 
+def fake_mode_of(program: Program) -> FakeTensorMode | None:
+    """The mode of the constants of a program without values (`edadm_compile.ir.valueless`), else None."""
+    for value in program.graph_module.buffers():
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
 def fake_values(program: Program, batch: int) -> dict[fx.Node, Any]:
     """Value of every node at a batch size: fake tensors (shapes and types only), and plain values such as sizes."""
-    with shapes_only():
+    with shapes_only(fake_mode_of(program)):
         values = [torch.empty((batch, *spec.shape), dtype=spec.dtype) for spec in program.signature.inputs]
         if program.time is not None:
             names = [n.target for n in program.graph_module.graph.nodes if n.op == "placeholder"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import CalibrationError
+from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, get_constant, layer_of
 from edadm_compile.ir.subgraph import output_of
@@ -175,7 +176,7 @@ def _observe(
 ) -> None:
     inputs = ctx.calibration.inputs
     total = inputs[0].shape[0]
-    chunk = min(_CHUNK, program.signature.max_batch)
+    chunk = rows_at_once(program, MOST_BYTES, min(_CHUNK, program.signature.max_batch))
     ctx.progress.stage("observing", total)
     samplers: list[_Sampler] = [
         (observers, -(-_KEEP * chunk // total), ctx.generator(2)),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from edadm_compile.calibration.dataset import Trajectories
 from edadm_compile.calibration.guidance import combine
+from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.program import Program, TimeTables
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.passes.checkpoint import Saved
@@ -49,7 +50,7 @@ class MeanCorrection:
         apart = torch.zeros_like(rows)
         visits = torch.bincount(order, minlength=keys.numel())
         ctx.progress.stage("mean correction", trajectories.t.numel())
-        limit = program.signature.max_batch if fixed else min(_CHUNK, program.signature.max_batch)
+        limit = program.signature.max_batch if fixed else rows_at_once(program, MOST_BYTES, _CHUNK)
         for step in ctx.world.turns(order.numel()):
             row = int(order[step])
             error = trajectories.prediction[step] - _predict(program, trajectories, step, limit)
@@ -60,7 +61,7 @@ class MeanCorrection:
                 apart[row] += (_mean(with_condition) - _mean(without)) / visits[row]
             ctx.progress.advance(ctx.world.size)
         ctx.world.add([rows, apart])
-        program = _add_table(program, keys, rows.float())
+        program = add_table(program, keys, rows.float())
         stats = {"largest": float(rows.abs().max())}
         if program.sampler.guided:
             stats["branches_apart"] = float(apart.abs().max())
@@ -75,7 +76,7 @@ class MeanCorrection:
         """Add the table and its addition."""
         if not saved.tensors:
             return program
-        return _add_table(program, saved.tensors["keys"], saved.tensors["rows"])
+        return add_table(program, saved.tensors["keys"], saved.tensors["rows"])
 
 
 def _mean(error: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ def _predict(program: Program, trajectories: Trajectories, step: int, limit: int
         return torch.cat([program(*part) for part in parts])
 
 
-def _add_table(program: Program, keys: Tensor, rows: Tensor) -> Program:
+def add_table(program: Program, keys: Tensor, rows: Tensor) -> Program:
+    """Rule 1 with the table `rows` [S, C] at the timesteps `keys` [S]."""
     graph = program.graph_module.graph
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from edadm_compile.config import QuantConfig
 from edadm_compile.errors import CalibrationError
-from edadm_compile.ir.analysis import layer_weight
+from edadm_compile.ir.analysis import is_batched, layer_weight
 from edadm_compile.ir.execute import run_nodes
+from edadm_compile.ir.footprint import kept_by, rows_within
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.parallel.world import Share, World
@@ -24,6 +26,10 @@ from edadm_compile.passes.row_shares import DividedMasks, share_of
 from edadm_compile.passes.streams import Streams, switched_off
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 
+#: Bytes of values that a training step keeps for its gradients; a larger batch is taken in pieces.
+STEP_BYTES = 4 << 30
+#: Tensors that the gradient of an activation quantizer keeps besides its result.
+_KEPT_BY_QUANTIZER = 3
 #: Rounding of wide weights moves less: their learning rate is this fraction of ``lr_weight``.
 _WIDE_FACTOR = 0.4
 
@@ -67,6 +73,12 @@ def _train(program: Program, unit: Unit, streams: Streams, phase: str, ctx: Cont
     return Trained(report, trainer.learned())
 
 
+def training_bytes(program: Program, closure: Sequence[fx.Node]) -> float:
+    """Bytes per sample that a training step through a closure keeps."""
+    quantizers = [n for n in closure if n.op == "call_module" and is_batched(n)]
+    return kept_by(closure) + _KEPT_BY_QUANTIZER * kept_by(quantizers)
+
+
 class UnitTrainer:
     """Optimises one unit."""
 
@@ -103,6 +115,7 @@ class UnitTrainer:
             self._module(n) for n in self.closure if n.op == "call_module" and (n in unit.nodes or not streams.owned(n))
         ]
         self.activations = [m for m in modules if isinstance(m, ActFakeQuant)]
+        self.row_bytes = training_bytes(program, self.closure)
 
     def _module(self, node: fx.Node) -> nn.Module:
         return self.program.graph_module.get_submodule(str(node.target))
@@ -127,16 +140,13 @@ class UnitTrainer:
         every = max(1, config.iters // 20)
         for step in range(config.iters):
             optimizer.zero_grad(set_to_none=True)
-            part = self.share.local(self._rows())
-            self.pool.select(part)
-            loss = part.weight * self.loss(part.rows) + self._regulariser(step) / self.share.world.size
-            loss.backward()
+            loss = self._descend(step)
             self._add_gradients(optimizer)
             optimizer.step()
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == config.iters:
                 done = every if (step + 1) % every == 0 else config.iters % every
-                ctx.progress.advance(done, f"{label} loss {self._finite(float(loss.detach())):.2e}")
+                ctx.progress.advance(done, f"{label} loss {self._finite(loss):.2e}")
         self._finish()
         after = self._finite(self._mean_loss())
         self._release()
@@ -194,6 +204,29 @@ class UnitTrainer:
     def _add_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.share.world.add(gradients)
+
+    def _descend(self, step: int) -> float:
+        """Gradients of the loss of a batch; in pieces where its values would take too much memory together.
+
+        A piece is cut from the whole batch, so that all processes run as many and draw the same masks.
+        """
+        rows = self._rows()
+        pieces = rows.split(self._at_once(rows.numel()))
+        total = 0.0
+        for number, piece in enumerate(pieces, 1):
+            part = self.share.local(piece)
+            self.pool.select(part)
+            loss = piece.numel() / rows.numel() * part.weight * self.loss(part.rows)
+            if number == len(pieces):
+                loss = loss + self._regulariser(step) / self.share.world.size
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+    def _at_once(self, rows: int) -> int:
+        if self.program.signature.min_batch > 1:  # the last piece could be too small for the graph
+            return rows
+        return rows_within(STEP_BYTES, self.row_bytes, rows)
 
     def loss(self, rows: Tensor, *, mix: bool = True) -> Tensor:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
@@ -266,5 +299,5 @@ class UnitTrainer:
         """Indices of the first 128 samples in slices that the captured batch allows."""
         limit = self.program.signature.max_batch
         fixed = self.program.signature.min_batch == limit
-        slices = torch.arange(min(128, self.share.total)).split(limit if fixed else min(64, limit))
+        slices = torch.arange(min(128, self.share.total)).split(limit if fixed else self.streams.chunk)
         return [r for r in slices if not fixed or r.numel() == limit]

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from edadm_compile.calibration.dataset import Trajectories
 from edadm_compile.ir.analysis import layer_weight, weight_node
 from edadm_compile.ir.execute import evaluate
+from edadm_compile.ir.footprint import kept_by, rows_within
 from edadm_compile.ir.program import Program, Signature
 from edadm_compile.passes.base import Context
 from edadm_compile.passes.insert_quant import layer_name, weight_axis
@@ -25,6 +26,8 @@ MEASURE_LIMIT = 100_000_000
 _STATES, _TRAJECTORIES = 8, 6
 #: Clip candidates of the range search here; coarser than the real one, the error hardly changes.
 _CANDIDATES = 40
+#: Bytes of values that the measurement keeps at a time.
+MOST_BYTES = 4 << 30
 
 
 def sensitivities(
@@ -38,14 +41,27 @@ def sensitivities(
     Returns:
         (error by layer node, squared output of the float model on the same inputs).
     """
-    values = float_values(program, ctx)
-    ctx.progress.stage("sensitivity", len(nodes))
-    errors = torch.zeros(len(nodes), dtype=torch.float64)
-    for i in ctx.world.turns(len(nodes)):
-        errors[i] = output_error(program, _rounded_weight(program, nodes[i], bits), values)
-        ctx.progress.advance(ctx.world.size, layer_name(nodes[i]))
+    pieces = _pieces(program, ctx)
+    ctx.progress.stage("sensitivity", len(nodes) * len(pieces))
+    scales = {i: _scale(program, nodes[i], bits) for i in ctx.world.turns(len(nodes))}
+    errors, signal = torch.zeros(len(nodes), dtype=torch.float64), 0.0
+    for piece in pieces:
+        values = values_of(program, piece)
+        for i, scale in scales.items():
+            errors[i] += output_error(program, _rounded_weight(program, nodes[i], bits, scale), values)
+            ctx.progress.advance(ctx.world.size, layer_name(nodes[i]))
+        signal += output_energy(program, values)
     ctx.world.add([errors])
-    return dict(zip(nodes, errors.tolist(), strict=True)), output_energy(program, values)
+    return dict(zip(nodes, errors.tolist(), strict=True)), signal
+
+
+def _pieces(program: Program, ctx: Context) -> list[tuple[Tensor, ...]]:
+    """The measurement batch, cut where the values of a forward would exceed `MOST_BYTES`, as many changed ones beside them."""
+    inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, program.sampler.branches)
+    rows = len(inputs[0])
+    if program.signature.min_batch == 1:  # else the last piece could be too small for the graph
+        rows = rows_within(MOST_BYTES, 2 * kept_by(program.graph_module.graph.nodes), rows)
+    return list(zip(*(v.split(rows) for v in inputs), strict=True))
 
 
 def float_values(program: Program, ctx: Context) -> dict[fx.Node, Any]:
@@ -134,6 +150,11 @@ def measurement_weights(trajectories: Trajectories, signature: Signature, branch
     return weights.repeat_interleave(picked.numel())[rows]
 
 
+def measured_rows(steps: int, scored: int, branches: int) -> int:
+    """Rows of the measurement batch for so many sampler steps and rows of the scoring batch."""
+    return min(steps, _STATES + 1) * branches * min(-(-_TRAJECTORIES // branches), scored // branches)
+
+
 def _measured(trajectories: Trajectories, signature: Signature, branches: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sampler steps to measure, rows of the trajectories, and which of their states become rows, in order."""
     steps = trajectories.t.numel()
@@ -148,10 +169,12 @@ def _measured(trajectories: Trajectories, signature: Signature, branches: int) -
     return chosen, picked, torch.linspace(states - 1, 0, size).round().long()
 
 
-def _rounded_weight(program: Program, layer: fx.Node, bits: int) -> dict[fx.Node, Any]:
-    weight = layer_weight(program, layer)
+def _scale(program: Program, layer: fx.Node, bits: int) -> Tensor:
+    return search_weight(layer_weight(program, layer), weight_spec(bits, weight_axis(layer)), candidates=_CANDIDATES)
+
+
+def _rounded_weight(program: Program, layer: fx.Node, bits: int, scale: Tensor) -> dict[fx.Node, Any]:
+    weight, constant = layer_weight(program, layer), weight_node(layer)
     spec = weight_spec(bits, weight_axis(layer))
-    scale = search_weight(weight, spec, candidates=_CANDIDATES)
-    constant = weight_node(layer)
     assert constant is not None
     return {constant: weight_codes(weight, scale, spec).float() * per_channel(scale, weight.dim(), spec.axis)}

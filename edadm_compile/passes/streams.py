@@ -11,12 +11,15 @@ from torch import Tensor, fx
 
 from edadm_compile.ir.analysis import is_batched
 from edadm_compile.ir.execute import run_nodes
+from edadm_compile.ir.footprint import kept_by, rows_within
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit
 from edadm_compile.passes.caches import Caches
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 
 _CHUNK = 64
+#: Bytes of values inside a closure that one run keeps.
+_MOST_BYTES = 4 << 30
 
 
 def float_mode(program: Program) -> AbstractContextManager[None]:
@@ -65,6 +68,14 @@ class Streams:
         self._outputs = {unit.output for unit in units}
         self._steps = self._schedule(units)
         self._last_use = self._last_uses()
+        if not self._fixed:
+            largest = max((kept_by(self.closure(s)) for s in self._steps), default=0.0)
+            self._chunk = rows_within(_MOST_BYTES, largest, self._chunk, signature.min_batch)
+
+    @property
+    def chunk(self) -> int:
+        """Samples that run together."""
+        return self._chunk
 
     def _fill(self, value: Tensor) -> Tensor:
         """With a fixed batch, repeat rows until the set is a whole number of batches."""
@@ -121,6 +132,16 @@ class Streams:
         for node in self._module.graph.output_node().all_input_nodes:
             last[node] = len(self._steps)
         return last
+
+    def stations(self) -> Iterator[tuple[Unit | fx.Node, list[fx.Node], list[fx.Node]]]:
+        """Every step in order, with its closure and the nodes whose values are kept while it runs; computes nothing."""
+        live = list(self.float_values)
+        for number, step in enumerate(self._steps):
+            yield step, self.closure(step), list(live)
+            output = step.output if isinstance(step, Unit) else step
+            if self._stored(output):
+                live.append(output)
+            live = [n for n in live if self._last_use.get(n, -1) > number]
 
     def advance(self, train: Callable[[Unit], None]) -> None:
         """Walk the graph: train each unit when its inputs are there, then push all samples through."""

@@ -11,6 +11,7 @@ from edadm_compile.calibration.sampler import schedule_length, timesteps
 from edadm_compile.ir.analysis import constant_target, dependencies, is_batched, is_layer, propagate_shapes
 from edadm_compile.ir.ops import MOVEMENT_OPS, op_name
 from edadm_compile.ir.program import Program, TimeTables, get_constant
+from edadm_compile.ir.valueless import has_values
 from edadm_compile.passes.base import Context, PassResult, finish
 from edadm_compile.passes.insert_quant import layer_name
 
@@ -141,6 +142,9 @@ def evaluate_path(path: fx.GraphModule, keys: Tensor, dtype: torch.dtype, batch:
     columns: list[list[Tensor]] = []
     with torch.no_grad():
         for key in keys:
+            if columns and not all(map(has_values, columns[0])):  # shapes alone: every row is like the first
+                columns.append(columns[0])
+                continue
             outputs = path(torch.full((batch,), float(key)).to(dtype))
             columns.append([value[0].float() for value in outputs])
     return [torch.stack(rows) for rows in zip(*columns, strict=True)]

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from edadm_compile.quant.affine import dequantize, per_channel, quantize, weight_codes
+from edadm_compile.quant.soft_rounding import GAMMA, ZETA, SoftRounding
 from edadm_compile.quant.spec import QuantSpec
-
-#: AdaRound's stretch of the sigmoid beyond [0, 1], so that h reaches 0 and 1 exactly.
-GAMMA, ZETA = -0.1, 1.1
 
 
 def _round_ste(x: Tensor) -> Tensor:
@@ -116,8 +114,8 @@ class WeightFakeQuant(nn.Module):
         s = self._s(weight)
         if self.alpha is None:
             return self.integer_codes(weight).to(weight.dtype) * s
-        soft = torch.floor(weight / s) + self.soft_rounding()
-        return torch.clamp(soft, self.spec.qmin, self.spec.qmax) * s
+        soft: Tensor = SoftRounding.apply(weight, s, self.alpha, self.spec.qmin, self.spec.qmax)  # type: ignore[no-untyped-call]
+        return soft
 
     def _s(self, weight: Tensor) -> Tensor:
         return per_channel(self.scale, weight.dim(), self.spec.axis)

@@ -154,11 +154,23 @@ def search_weight(weight: Tensor, spec: QuantSpec, *, candidates: int = 80, powe
     """
     rows = _rows(weight, spec)
     full = minmax_weight(weight, spec)
+    step = max(1, _PIECE // max(1, rows.shape[1]))  # channels are independent: a piece of them stays in the cache
+    pieces = zip(rows.split(step), full.split(step), strict=True)
+    return torch.cat([_search_rows(r, f, spec, candidates, power) for r, f in pieces])
+
+
+#: Elements of a piece of a weight in the search; below torch's grain size, so that sums have one order.
+_PIECE = 1 << 14
+
+
+def _search_rows(rows: Tensor, full: Tensor, spec: QuantSpec, candidates: int, power: float) -> Tensor:
+    """`search_weight` for the channels [n, K] with the min-max scales `full` [n]."""
     best_scale, best_error = full.clone(), torch.full_like(full, float("inf"))
     for i in range(candidates):
         scale = full * (1.0 - 0.8 * i / candidates)
         s = scale[:, None]
-        error = _powered(torch.clamp(torch.round(rows / s), spec.qmin, spec.qmax) * s - rows, power).sum(dim=1)
+        rounded = torch.div(rows, s).round_().clamp_(spec.qmin, spec.qmax).mul_(s).sub_(rows)
+        error = _powered(rounded, power).sum(dim=1)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_error = torch.where(better, error, best_error)

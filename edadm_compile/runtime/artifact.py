@@ -17,6 +17,7 @@ from torch import Tensor
 from edadm_compile.errors import ArtifactError, EdadmError
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.program import Program, layers
+from edadm_compile.ir.valueless import has_values
 from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.runtime import json_text
 from edadm_compile.runtime.atomic import replace_file
@@ -60,6 +61,19 @@ class Artifact:
 
 def to_bytes(artifact: Artifact) -> bytes:
     """Serialise deterministically: the same artifact gives the same bytes."""
+    tensors, manifest = contents(artifact)
+    stored = _apart({name: _shrink(value) for name, value in sorted(tensors.items())})
+    widened = [name for name in stored if stored[name].dtype != tensors[name].dtype]
+    manifest["tensors"] = {"sha256": digest(stored), "float32_stored_as_float16": widened}
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    # One metadata entry only: safetensors writes several in no fixed order.
+    checked = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    data: bytes = save(stored, metadata={_KEY: checked})
+    return data
+
+
+def contents(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a file holds: tensors by name, and the manifest but for its record of these tensors."""
     tensors: dict[str, Tensor] = {}
     programs = {}
     records = layers(artifact.lowered)  # both programs share them: the lowered ones know what executes
@@ -79,14 +93,27 @@ def to_bytes(artifact: Artifact) -> bytes:
         "time": None if time is None else time_to_json(time, tensors),
         "device": None if artifact.device is None else store(artifact.device, tensors),
     }
-    stored = _apart({name: _shrink(value) for name, value in sorted(tensors.items())})
+    return tensors, manifest
+
+
+def expected_size(artifact: Artifact) -> int:
+    """Bytes of the file of an artifact, some of whose constants may have no values (`edadm_compile.ir.valueless`).
+
+    A large float32 constant without values counts in full: whether float16 would do is not known.
+    """
+    tensors, manifest = contents(artifact)
+    stored = {name: _shrink(value) if has_values(value) else value for name, value in sorted(tensors.items())}
     widened = [name for name in stored if stored[name].dtype != tensors[name].dtype]
-    manifest["tensors"] = {"sha256": digest(stored), "float32_stored_as_float16": widened}
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    # One metadata entry only: safetensors writes several in no fixed order.
-    checked = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
-    data: bytes = save(stored, metadata={_KEY: checked})
-    return data
+    manifest["tensors"] = {"sha256": "0" * 64, "float32_stored_as_float16": widened}
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    header: dict[str, Any] = {"__metadata__": {_KEY: f"{'0' * 64}\n{text}"}}
+    offset = 0
+    for name, value in stored.items():
+        end = offset + value.numel() * value.element_size()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + offset
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

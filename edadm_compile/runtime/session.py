@@ -194,7 +194,11 @@ def _conform(spec: InputSpec, value: Tensor, batch: int) -> Tensor:
     if spec.role == "t" and value.numel() == 1:
         value = value.reshape(1).expand(batch)
     if value.shape != (batch, *spec.shape):
-        raise InputError(f"input {spec.name!r}: got shape {list(value.shape)}, expected {[batch, *spec.shape]}")
+        other = f"; other sizes need a file of their own (compile with --shape {','.join(map(str, value.shape[1:]))})"
+        resized = spec.role == "x" and value.dim() == 4 and value.shape[1] == spec.shape[0]
+        raise InputError(
+            f"input {spec.name!r}: got shape {list(value.shape)}, expected {[batch, *spec.shape]}{other if resized else ''}"
+        )
     result: Tensor = as_timesteps(value, spec.dtype) if spec.role == "t" else value.to(spec.dtype)
     return result.contiguous()
 

@@ -54,7 +54,7 @@ CASES = [
     ("evaluate tiny.qmod {ref} -n 2 --engine reference --fail-below sqnr=99", 7, "quality gate failed: sqnr (noise-prediction SQNR over all steps) is … dB, asked for at least 99 dB"),
     ("evaluate tiny.qmod --reference tiny.pt --factory {makers}:tiny_nan --shape 3,8,8 --cond good_labels.cond -n 2 --engine reference", 2, "--reference: 2 of 2 images of the float model are not finite"),
     ("evaluate tiny.qmod --reference tiny.pt --factory {makers}:tiny_zero --shape 3,8,8 --cond good_labels.cond -n 2 --engine reference", 7, "there is no SQNR at timestep 75: the float model predicts exactly 0 there, or the compiled model predicts values that are not finite"),
-    ("evaluate tiny.qmod {ref} --shape 3,16,16", 2, "--reference takes inputs x [B, 3, 16, 16], t [B], label [B]; the artifact was compiled from a model with x [B, 3, 8, 8], t [B], label [B]: give that one"),
+    ("evaluate tiny.qmod --reference tiny.pt --factory {makers}:tiny --cond good_labels.cond --shape 3,16,16", 2, "--reference takes inputs x [B, 3, 16, 16], t [B], label [B]; the artifact was compiled from a model with x [B, 3, 8, 8], t [B], label [B]: give that one"),
     ("sample tiny.qmod -n 1 --cond context.cond --engine reference", 2, "--cond context.cond: 'context' is no condition of the model; it takes label"),
     ("tune tiny.qmod --table none/table.json", 6, "cannot write none/table.json: folder none does not exist"),
     ("evaluate tiny.qmod {ref} -n 2 --features whole.pt2", 2, "--features whole.pt2 maps […, 3, 8, 8], […] to […, 3, 8, 8]; expected a torch.export archive (.pt2) with images float32 [B, C, H, W] → features [B, d]"),

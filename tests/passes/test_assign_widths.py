@@ -92,8 +92,13 @@ def test_rule_5_does_not_always_apply(labelled, changes):
     assert not stats.get("promoted") and not any("promoted" in i.note for i in infos.values())
 
 
-def test_the_sensitivity_is_the_error_of_rounding_that_layer_alone(labelled):
-    """Recomputed by changing the weight in the program and running it."""
+@pytest.mark.parametrize("budget", [None, 1])
+def test_the_sensitivity_is_the_error_of_rounding_that_layer_alone(labelled, budget, monkeypatch):
+    """Recomputed by changing the weight in the program and running it; with all rows together, and row by row."""
+    from edadm_compile.passes import sensitivity
+
+    if budget is not None:
+        monkeypatch.setattr(sensitivity, "MOST_BYTES", budget)
     from edadm_compile.ir.analysis import layer_weight
     from edadm_compile.ir.program import set_constant
     from edadm_compile.passes.base import Context

@@ -5,6 +5,7 @@ from edadm_compile.config import ReconstructionConfig
 from edadm_compile.ir.execute import run_nodes
 from edadm_compile.ir.program import get_constant
 from edadm_compile.ir.subgraph import find_units
+from edadm_compile.passes import reconstruct
 from edadm_compile.passes.base import Context, run_passes
 from edadm_compile.passes.calibrate import Calibrate, activation_quantizers, weight_quantizers
 from edadm_compile.passes.insert_quant import InsertQuant
@@ -246,3 +247,33 @@ def test_weights_are_trained_without_activation_quantizers_and_scales_with_fixed
     assert [r["phase"] for r in reports] == ["weights"] * 4 + ["scales"] * 4
     assert seen == [(False, False, True)] * 4 + [(True, True, False)] * 4
     assert all(q.enabled for _, q in activation_quantizers(after))
+
+
+def test_a_step_in_pieces_has_the_gradients_of_the_whole_batch(monkeypatch):
+    """A batch that does not fit into the limit is run a few rows at a time; the last piece is shorter."""
+    program, config = _program(), _config(batch=7, rounding_weight=0.01)
+    ctx = Context(config, calibration=random_calibration(program, samples=48))
+    after = run_passes(program, [InsertQuant(), Calibrate()], ctx)
+    units = find_units(after, config.reconstruction.max_layers)
+    streams, found = Streams(after, units, ctx.calibration.inputs), {}
+
+    def train(unit):
+        if unit.name != "a":
+            return
+        for rows in (7, 3):
+            trainer = UnitTrainer(after, unit, streams, config, "joint", ctx.generator(0))
+            monkeypatch.setattr(reconstruct, "STEP_BYTES", rows * trainer.row_bytes)
+            seen, real = [], trainer.loss
+            monkeypatch.setattr(trainer, "loss", lambda r, seen=seen, real=real: seen.append(r.numel()) or real(r))
+            trainer._set_drop(False)
+            parameters = [p for group in trainer._parameter_groups() for p in group["params"]]
+            loss = trainer._descend(config.reconstruction.iters - 1)
+            found[rows] = (seen, loss, [p.grad.clone() for p in parameters])
+            for p in parameters:
+                p.grad = None
+
+    streams.advance(train)
+    assert found[7][0] == [7] and found[3][0] == [3, 3, 1]
+    assert found[3][1] == pytest.approx(found[7][1], rel=1e-5)
+    for whole, pieces in zip(found[7][2], found[3][2], strict=True):
+        assert torch.allclose(pieces, whole, rtol=1e-4, atol=1e-7) and bool(whole.any())

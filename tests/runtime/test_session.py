@@ -65,6 +65,10 @@ def test_diffusers_models_return_their_output_object(artifact, inputs):
         (lambda x, t, c: (x[0], t, c), "'x'"),
         (lambda x, t, c: (x[:, :, :4], t, c), "'x'"),
         (lambda x, t, c: (x.sum(), t, c), r"'x': got shape \[\]"),
+        (
+            lambda x, t, c: (x.repeat(1, 1, 2, 2), t, c),
+            r"\[3, 3, 8, 8\]; other sizes .* \(compile with --shape 3,16,16\)",
+        ),
         (lambda x, t, c: (x[:0], t[:0], c[:0]), "B at least 1"),
         (lambda x, t, c: ("noise", t, c), "'x': got str"),
         (lambda x, t, c: (x, t[:2], c), r"'t': got shape \[2\], expected \[3\]"),
