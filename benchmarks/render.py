@@ -120,7 +120,16 @@ def methods_table(results: dict[str, Any]) -> str:
     budget, cells = results["budget"], list(results["cells"].values())
     names = [
         n
-        for n in ("min-max", "PTQ4DM", "TFMQ-DM", "EDA-DM", "Q-Diffusion", "ours, strict", "ours")
+        for n in (
+            "min-max",
+            "PTQ4DM",
+            "TFMQ-DM",
+            "TFMQ-DM (simulated)",
+            "EDA-DM",
+            "Q-Diffusion",
+            "ours, strict",
+            "ours",
+        )
         if any(c["method"] == n for c in cells)
     ]
     seeds = len({cell["seed"] for cell in cells})
@@ -128,7 +137,8 @@ def methods_table(results: dict[str, Any]) -> str:
         f"Digits example, mean of {seeds} seeds, {budget['iters']} reconstruction steps per block and phase, {budget['samples']} calibration samples, {budget['n']} images",
         f"({', '.join(f'[{k}]({METHODS.with_suffix(s).relative_to(ROOT)})' for k, s in (('cells', '.json'), ('table', '.csv'), ('plot', '.png')))}, made by `benchmarks/quality/methods.py`).",
         "What each method is here: [docs/quantization.md](docs/quantization.md#10-methods). In each cell: noise SQNR in dB, and the Fréchet",
-        "distance of its images to the float model's.",
+        "distance of its images to the float model's. \"Simulated\": a set of activation scales for each sampler step, computed in floats; the",
+        "other rows are programs in integers.",
         "",
         "| | " + " | ".join(width.upper() for width in _WIDTHS) + " |",
         "|---" * (len(_WIDTHS) + 1) + "|",
