@@ -41,7 +41,7 @@ ELSEWHERE = {
     ("driver/report_facts.py", "report: images"): BROKEN + "tests/driver/test_report.py",
     ("driver/report_facts.py", "report: the"): FORGED,
     ("driver/session.py", "memory: a limit"): PYTHON,
-    ("driver/workdir.py", "{self.folder} holds an earlier"): "after an earlier run: tests/driver/test_workdir.py",
+    ("driver/workdir.py", "{folder} holds an earlier"): "after an earlier run: tests/driver/test_workdir.py",
     ("driver/workdir.py", "cannot keep"): "a full disk: tests/driver/test_workdir.py",
     ("driver/contenders.py", "--baseline: a torch.export"): GPU,
     ("driver/doctor.py", ""): "a machine without the packages: tests/driver/test_doctor.py",
