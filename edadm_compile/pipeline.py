@@ -14,7 +14,6 @@ from edadm_compile.calibration import sampler
 from edadm_compile.calibration.collect import collect
 from edadm_compile.calibration.dataset import CalibrationSet
 from edadm_compile.calibration.given import CalibrationSamples
-from edadm_compile.calibration.sampler import in_pieces
 from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
 from edadm_compile.evaluate.compare import NoiseComparison, compare_noise
@@ -51,7 +50,7 @@ from edadm_compile.passes.upsample_phases import UpsamplePhases
 from edadm_compile.report.truth import program_rows
 
 #: Fresh trajectories for the closing quality figure.
-QUALITY_TRAJECTORIES = 16
+_QUALITY_TRAJECTORIES = 16
 
 
 def float_passes() -> list[Pass]:
@@ -267,17 +266,20 @@ def _evaluations(program: Program, config: QuantConfig) -> int:
     return calls * (config.tdac.trajectories + config.calib_samples)
 
 
+def quality_trajectories(source: Source, config: QuantConfig) -> int:
+    """Fresh trajectories of the closing figure; for a large model no more than calibration could afford."""
+    if source.parameters() > MEASURE_LIMIT:
+        return min(_QUALITY_TRAJECTORIES, config.tdac.trajectories)
+    return _QUALITY_TRAJECTORIES
+
+
 def _quality(program: Program, lowered: Program, source: Source, ctx: Context) -> NoiseComparison:
     generator = ctx.generator(3)
-    n = QUALITY_TRAJECTORIES
-    if source.parameters() > MEASURE_LIMIT:  # no more than were afforded before
-        n = min(n, ctx.config.tdac.trajectories)
+    n = quality_trajectories(source, ctx.config)
     x = sampler.draw_noise(program.signature, n, generator)
     conditions = sampler.draw_conditions(program.signature, n, generator, source.conditions, program.sampler.null)
     ctx.progress.stage("quality", len(sampler.timesteps(program.sampler)))
-    reference, candidate = (
-        in_pieces(p, rows_at_once(p, MOST_BYTES, p.signature.max_batch)) for p in (program, lowered)
-    )
+    reference, candidate = (p.at_most(rows_at_once(p, MOST_BYTES, p.signature.max_batch)) for p in (program, lowered))
 
     def counted(*inputs: torch.Tensor) -> torch.Tensor:
         ctx.progress.advance(1)

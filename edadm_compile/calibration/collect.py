@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -66,8 +65,8 @@ class _FeatureTap(fx.Interpreter):
     def __init__(self, program: Program, node: fx.Node, world: World) -> None:
         super().__init__(program.graph_module)
         self._node = node
-        self._program, self._world = program, world
-        self._most = rows_at_once(program, MOST_BYTES, program.signature.max_batch)
+        self._program = program.at_most(rows_at_once(program, MOST_BYTES, program.signature.max_batch))
+        self._world = world
         self.feature = torch.empty(0)
 
     def run_node(self, n: fx.Node) -> object:
@@ -85,9 +84,9 @@ class _FeatureTap(fx.Interpreter):
 
     def _rows(self, *inputs: Tensor) -> Tensor:
         signature = self._program.signature
-        if not signature.min_batch <= inputs[0].shape[0] <= self._most:
+        if not signature.min_batch <= inputs[0].shape[0] <= signature.max_batch:
             parts, features = [], []
-            for piece, rows in replace(signature, max_batch=self._most).batches(inputs):
+            for piece, rows in signature.batches(inputs):
                 parts.append(self._rows(*piece)[:rows])
                 features.append(self.feature[:rows])
             self.feature = torch.cat(features)

@@ -20,7 +20,7 @@ from edadm_compile.errors import InputError
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 
 __all__ = [
-    "Denoiser", "Hook", "draw_conditions", "draw_noise", "in_pieces", "make_scheduler", "read_scheduler", "sample", "schedule_length",
+    "Denoiser", "Hook", "draw_conditions", "draw_noise", "make_scheduler", "read_scheduler", "sample", "schedule_length",
     "timesteps",
 ]  # fmt: skip
 
@@ -79,17 +79,6 @@ def _draw_condition(
         f"condition {spec.name!r} cannot be drawn at random; give values with --cond FILE.safetensors holding a tensor "
         f"{spec.name!r} [{', '.join(['N', *map(str, spec.shape)])}]"
     )
-
-
-def in_pieces(model: Denoiser, rows: int) -> Denoiser:
-    """The same predictor, called with at most `rows` rows at a time."""
-
-    def call(*inputs: Tensor) -> Tensor:
-        if len(inputs[0]) <= rows:
-            return model(*inputs)
-        return torch.cat([model(*piece) for piece in zip(*(v.split(rows) for v in inputs), strict=True)])
-
-    return call
 
 
 def sample(

@@ -16,21 +16,20 @@ from edadm_compile.driver.compile import Request, prepare, to_artifact, working_
 from edadm_compile.driver.device_code import DeviceOptions, make_plans
 from edadm_compile.driver.fingerprint import inputs_of
 from edadm_compile.driver.memory_estimate import Sampled, memory_estimate
-from edadm_compile.driver.outline import Outline, constants_of, make_outline
+from edadm_compile.driver.outline import Outline, make_outline
 from edadm_compile.driver.session import computing_with, memory_limit
 from edadm_compile.driver.time_estimate import measure_machine, time_estimate, without_done
 from edadm_compile.driver.workdir import earlier_stages
 from edadm_compile.evaluate.compare import NoiseComparison
 from edadm_compile.frontend import Source
-from edadm_compile.ir.program import layers
+from edadm_compile.ir.program import constants_of, layers
 from edadm_compile.kernels import aot, plan_json
 from edadm_compile.kernels.aot_cache import Cache, default_cache
 from edadm_compile.kernels.aot_process import available_cores
 from edadm_compile.parallel.world import World
 from edadm_compile.passes.base import Progress
 from edadm_compile.passes.checkpoint import machine
-from edadm_compile.passes.sensitivity import MEASURE_LIMIT
-from edadm_compile.pipeline import QUALITY_TRAJECTORIES, CompileResult
+from edadm_compile.pipeline import CompileResult, quality_trajectories
 from edadm_compile.report.truth import totals, truth_table
 from edadm_compile.runtime.artifact import expected_size
 
@@ -82,7 +81,8 @@ def estimate(
         world: processes that would compile together; one alone is what is estimated.
 
     Returns:
-        layers by width and by kind (those of tables count as integer), blocks, seconds by stage, peak memory by stage, sizes in bytes, and float layers with reasons.
+        layers by width and by kind (those of tables count as integer), blocks, seconds by stage, peak memory by stage, sizes
+        in bytes, and float layers with reasons.
 
     Raises:
         EdadmError: what the compilation would refuse after capture.
@@ -127,14 +127,11 @@ def estimate(
 def sampled_rows(source: Source, outline: Outline, config: QuantConfig) -> Sampled:
     """Rows of the model that calibration and the closing measurement run."""
     sampler = outline.floats.sampler
-    quality = QUALITY_TRAJECTORIES
-    if source.parameters() > MEASURE_LIMIT:
-        quality = min(quality, config.tdac.trajectories)
     return Sampled(
         len(timesteps(sampler)),
         config.tdac.trajectories * sampler.branches,
         config.calib_samples * sampler.branches,
-        quality * sampler.branches,
+        quality_trajectories(source, config) * sampler.branches,
     )
 
 

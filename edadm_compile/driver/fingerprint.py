@@ -17,7 +17,7 @@ import edadm_compile
 from edadm_compile.calibration.given import CalibrationSamples, digest_of
 from edadm_compile.config import QuantConfig
 from edadm_compile.frontend import Source
-from edadm_compile.ir.program import Program, get_constant
+from edadm_compile.ir.program import Program, constants_of
 from edadm_compile.runtime.artifact import digest
 
 #: Parts of the package that decide the numbers.
@@ -50,11 +50,9 @@ def inputs_of(source: Source, config: QuantConfig, given: CalibrationSamples | N
 
 def program_of(program: Program) -> dict[str, str]:
     """The captured float program: its operators, and its constants."""
-    module = program.graph_module
-    names = [str(n.target) for n in module.graph.nodes if n.op == "get_attr"]
     tables = {} if program.time is None else program.time.tables
-    constants = {name: get_constant(module, name) for name in dict.fromkeys(names)} | tables
-    return {"graph": hashlib.sha256(str(module.graph).encode()).hexdigest(), "weights": digest(constants)}
+    graph = str(program.graph_module.graph)
+    return {"graph": hashlib.sha256(graph.encode()).hexdigest(), "weights": digest(constants_of(program) | tables)}
 
 
 def versions() -> dict[str, str]:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
-
-from torch import fx
 
 from edadm_compile.driver import bench_inputs
 from edadm_compile.driver.machine import processor
@@ -14,6 +10,7 @@ from edadm_compile.errors import EdadmError
 from edadm_compile.export.convert import Exported, ExportedLayer, convert
 from edadm_compile.export.targets import target
 from edadm_compile.ir.analysis import fake_values
+from edadm_compile.ir.arithmetic import layer_multiplications, value_counted
 from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.runtime.artifact import Artifact
 from edadm_compile.runtime.engines.node_times import NodeTime, node_times
@@ -79,14 +76,7 @@ def multiply_accumulates(program: Program) -> dict[str, int]:
     """Multiply-accumulates of each layer with a weight for one image, by name; from shapes, nothing runs."""
     values = fake_values(program, program.signature.min_batch)  # a program from a file has no recorded shapes
     return {
-        info.name: _macs(node, info.weight_shape, values)
+        info.name: int(layer_multiplications(values[value_counted(node)].shape, info.weight_shape))
         for node in values
         if (info := layer_of(node)) and info.weight_shape
     }
-
-
-def _macs(node: fx.Node, weight: tuple[int, ...], values: Mapping[fx.Node, Any]) -> int:
-    """Output values times the weights behind each; for a transposed convolution input values instead."""
-    pixels = node.args[0] if "transpose" in str(node.target) else node
-    assert isinstance(pixels, fx.Node)
-    return int(math.prod(values[pixels].shape[1:])) * math.prod(weight[1:])

@@ -17,6 +17,7 @@ from edadm_compile.ir.footprint import MOST_BYTES, Footprint, kept_by, rows_at_o
 from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit
 from edadm_compile.passes.calibrate import activation_quantizers
+from edadm_compile.passes.layer_roles import quantized_layers
 from edadm_compile.passes.reconstruct import STEP_BYTES, training_bytes
 from edadm_compile.passes.sensitivity import MOST_BYTES as SENSITIVITY_BYTES
 from edadm_compile.passes.sensitivity import measured_rows
@@ -75,7 +76,7 @@ def memory_estimate(
     base = _RUNTIME + _NODE * outline.captured
     held = base + weights + added
     left = _forward(outline.floats, min(64, sampled.collected))
-    codes = layer_weights(_quantized_layers(outline.quantized))
+    codes = layer_weights(quantized_layers(outline.quantized))
     training, spilled = _reconstructing(outline, config, sampled, limit)
     stages = {
         "calibration samples": held + _SLACK * _collecting(outline.floats, sampled),
@@ -101,10 +102,6 @@ def memory_estimate(
         "stages": {k: round(v) for k, v in stages.items()},
         "spilled": round(spilled),
     }
-
-
-def _quantized_layers(program: Program) -> list[fx.Node]:
-    return [n for n in program.graph_module.graph.nodes if n.op == "call_function" and "layer" in n.meta]
 
 
 def _forward(program: Program, rows: int) -> float:

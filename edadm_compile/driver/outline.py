@@ -8,23 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
 
 from edadm_compile.calibration.sampler import timesteps
 from edadm_compile.config import QuantConfig
 from edadm_compile.frontend import Source
 from edadm_compile.ir.analysis import layer_weight
 from edadm_compile.ir.output_codes import pixels_of, writes_codes
-from edadm_compile.ir.program import LayerInfo, Program, get_constant, layer_of
+from edadm_compile.ir.program import LayerInfo, Program, constants_of, get_constant, layer_of
 from edadm_compile.ir.subgraph import Unit, find_units, output_of
 from edadm_compile.ir.valueless import without_values
 from edadm_compile.parallel.world import World
-from edadm_compile.passes.assign_widths import AssignWidths, average_bits
+from edadm_compile.passes.assign_widths import AssignWidths, average_bits, promotes
 from edadm_compile.passes.base import Context, run_passes
 from edadm_compile.passes.calibrate import activation_quantizers, weight_quantizers
 from edadm_compile.passes.finite import check_parameters
 from edadm_compile.passes.freeze import Freeze
-from edadm_compile.passes.insert_quant import InsertQuant
+from edadm_compile.passes.insert_quant import InsertQuant, weight_axis
 from edadm_compile.passes.layer_roles import annotate, apply_rules, quantized_layers
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import add_table
@@ -103,7 +102,7 @@ def _is_measured(floats: Program, config: QuantConfig) -> bool:
     """Whether the widths of some layers follow from values."""
     if config.is_automatic:
         return True
-    if config.uniform or not config.recipe.edges or min(config.weight_bits, config.act_bits) >= 8:
+    if not promotes(config):
         return False
     annotated = floats.fork()
     annotate(annotated, config)
@@ -141,13 +140,8 @@ def _expect_scales(program: Program) -> None:
     for node in program.graph_module.graph.nodes:
         info = layer_of(node)
         if info is not None and writes_codes(node, info) and output_of(node) is pixels_of(node):
-            channels = _channels(program, node)
+            channels = layer_weight(program, node).shape[weight_axis(node)]
             node.meta["layer"] = replace(info, out_scale=(_SCALE,) * channels, out_zero_point=(_ZERO_POINT,) * channels)
-
-
-def _channels(program: Program, node: fx.Node) -> int:
-    shape = layer_weight(program, node).shape
-    return int(shape[1] if "transpose" in str(node.target) else shape[0])
 
 
 def _output_channels(program: Program) -> int:
@@ -155,9 +149,3 @@ def _output_channels(program: Program) -> int:
     value: Any = program.graph_module.graph.output_node().args[0]
     shape = value.meta.get("shape", ())
     return int(shape[1]) if len(shape) == 4 else 0
-
-
-def constants_of(program: Program) -> dict[str, Tensor]:
-    """Constants that a program reads, by name."""
-    module = program.graph_module
-    return {str(n.target): get_constant(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}

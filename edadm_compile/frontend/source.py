@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from edadm_compile.calibration.schedulers import fractional_timestep
 from edadm_compile.errors import InputError
 from edadm_compile.frontend.added_conditions import with_flat_conditions
 from edadm_compile.frontend.guidance import GuidanceOptions, check_null, guided_sampler
+from edadm_compile.ir.analysis import shapes_only
 from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
 from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.passes.capture import export_module, pick_tensor
@@ -210,7 +210,7 @@ def _shapes_only(module: nn.Module) -> AbstractContextManager[Any]:
     Other modules compute: fake tensors let products of mixed types pass that the real ones refuse.
     """
     if type(module).__module__.startswith("diffusers.models.unets."):
-        return FakeTensorMode(allow_non_fake_inputs=True)
+        return shapes_only()
     return nullcontext()
 
 

@@ -45,30 +45,20 @@ class Footprint:
     @property
     def peak(self) -> float:
         """Most bytes per row at any time when a value is freed after its last reader."""
-        return max(self._live(self._graph.nodes), default=0.0)
+        return max(self._live(), default=0.0)
 
-    def peak_of(self, nodes: Iterable[fx.Node]) -> float:
-        """The same for a piece of the graph alone."""
-        return max(self._live(list(nodes)), default=0.0)
-
-    def kept(self, nodes: Iterable[fx.Node]) -> float:
-        """Bytes per row of a piece of the graph when all its values are kept."""
-        return sum(self.made[n] for n in nodes)
-
-    def _live(self, nodes: Iterable[fx.Node]) -> list[float]:
-        order = list(nodes)
-        inside = set(order)
+    def _live(self) -> list[float]:
         last: dict[fx.Node, int] = {}
-        for position, node in enumerate(order):
+        for position, node in enumerate(self._graph.nodes):
             for source in (node, *node.all_input_nodes):
                 owner = self._owner.get(source)
-                if owner in inside:
+                if owner is not None:
                     last[owner] = position
         freed: dict[int, float] = {}
         for owner, position in last.items():
             freed[position] = freed.get(position, 0.0) + self.made[owner]
         live, seen = 0.0, []
-        for position, node in enumerate(order):
+        for position, node in enumerate(self._graph.nodes):
             live += self.made[node]
             seen.append(live)
             live -= freed.get(position, 0.0)

@@ -217,6 +217,11 @@ class Program:
         """A program with one more remark."""
         return replace(self, notes=(*self.notes, note))
 
+    def at_most(self, rows: int) -> Program:
+        """The same program, called with at most so many rows at a time; with a fixed batch it stays as it is."""
+        most = max(self.signature.min_batch, min(rows, self.signature.max_batch))
+        return replace(self, signature=replace(self.signature, max_batch=most))
+
     def graph_inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Arguments of the graph for the model inputs: those themselves, then the rows of the time tables."""
         values = list(inputs)
@@ -239,6 +244,12 @@ class Program:
 def placeholders(graph: fx.Graph) -> list[str]:
     """Names of the graph inputs, in order."""
     return [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+
+
+def constants_of(program: Program) -> dict[str, Tensor]:
+    """Constants that a program reads, by name."""
+    module = program.graph_module
+    return {str(n.target): get_constant(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
 
 
 def get_constant(module: torch.nn.Module, target: str) -> Tensor:

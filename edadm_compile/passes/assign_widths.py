@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from edadm_compile.config import QuantConfig
 from edadm_compile.ir.analysis import layer_weight, shape_of
 from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.passes.base import Context, PassResult
@@ -48,7 +49,7 @@ class AssignWidths:
         stats: dict[str, Any] = {}
         if config.is_automatic:
             stats = {"mixed": choose_widths(program, ctx)}
-        elif not config.uniform and config.recipe.edges and min(config.weight_bits, config.act_bits) < 8:
+        elif promotes(config):
             stats = _promote(program, ctx)
         apply_rules(program, config.rules)
         return PassResult(program, True, {**stats, "average_bits": average_bits(program)})
@@ -61,6 +62,11 @@ class AssignWidths:
         """Write the layer records back."""
         set_layer_records(program, saved.values["layers"])
         return program
+
+
+def promotes(config: QuantConfig) -> bool:
+    """Whether rule 5 applies."""
+    return not config.uniform and config.recipe.edges and min(config.weight_bits, config.act_bits) < 8
 
 
 def average_bits(program: Program) -> float:

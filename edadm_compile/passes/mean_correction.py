@@ -43,17 +43,16 @@ class MeanCorrection:
         """Measure, then add the table and its addition."""
         trajectories = ctx.calibration.trajectories
         keys, order = trajectories.t.double().unique(return_inverse=True)
-        fixed = program.signature.min_batch == program.signature.max_batch
         if not ctx.config.recipe.mean_correction or trajectories.prediction.dim() != 5:
             return PassResult(program, False)
         rows = torch.zeros(keys.numel(), trajectories.prediction.shape[2], dtype=torch.float64)
         apart = torch.zeros_like(rows)
         visits = torch.bincount(order, minlength=keys.numel())
         ctx.progress.stage("mean correction", trajectories.t.numel())
-        limit = program.signature.max_batch if fixed else rows_at_once(program, MOST_BYTES, _CHUNK)
+        model = program.at_most(rows_at_once(program, MOST_BYTES, _CHUNK))
         for step in ctx.world.turns(order.numel()):
             row = int(order[step])
-            error = trajectories.prediction[step] - _predict(program, trajectories, step, limit)
+            error = trajectories.prediction[step] - _predict(model, trajectories, step)
             used = combine(program.sampler, error, trajectories.x.shape[2])
             rows[row] += _mean(used) / visits[row]
             if program.sampler.guided:
@@ -84,12 +83,11 @@ def _mean(error: Tensor) -> Tensor:
     return error.double().mean(dim=(0, 2, 3))
 
 
-def _predict(program: Program, trajectories: Trajectories, step: int, limit: int) -> Tensor:
+def _predict(program: Program, trajectories: Trajectories, step: int) -> Tensor:
     x = trajectories.x[step]
     t = trajectories.t[step].expand(x.shape[0])
     with torch.no_grad():
-        parts = zip(*(v.split(limit) for v in (x, t, *trajectories.conditions)), strict=True)
-        return torch.cat([program(*part) for part in parts])
+        return program(x, t, *trajectories.conditions)
 
 
 def add_table(program: Program, keys: Tensor, rows: Tensor) -> Program:

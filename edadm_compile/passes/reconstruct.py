@@ -146,7 +146,7 @@ class UnitTrainer:
             schedule.step()
             if (step + 1) % every == 0 or step + 1 == config.iters:
                 done = every if (step + 1) % every == 0 else config.iters % every
-                ctx.progress.advance(done, f"{label} loss {self._finite(loss):.2e}")
+                ctx.progress.advance(done, f"{label} loss {self._finite(float(loss)):.2e}")
         self._finish()
         after = self._finite(self._mean_loss())
         self._release()
@@ -205,14 +205,14 @@ class UnitTrainer:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.share.world.add(gradients)
 
-    def _descend(self, step: int) -> float:
-        """Gradients of the loss of a batch; in pieces where its values would take too much memory together.
+    def _descend(self, step: int) -> Tensor:
+        """Gradients of the loss of a batch, and that loss; in pieces where its values would take too much memory together.
 
         A piece is cut from the whole batch, so that all processes run as many and draw the same masks.
         """
         rows = self._rows()
         pieces = rows.split(self._at_once(rows.numel()))
-        total = 0.0
+        losses = []
         for number, piece in enumerate(pieces, 1):
             part = self.share.local(piece)
             self.pool.select(part)
@@ -220,8 +220,8 @@ class UnitTrainer:
             if number == len(pieces):
                 loss = loss + self._regulariser(step) / self.share.world.size
             loss.backward()
-            total += float(loss.detach())
-        return total
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def _at_once(self, rows: int) -> int:
         if self.program.signature.min_batch > 1:  # the last piece could be too small for the graph

@@ -9,6 +9,8 @@ from edadm_compile.quant.spec import QuantSpec
 
 #: Smallest scale handed out: below it, x / scale would overflow for ordinary x.
 MIN_SCALE = 1e-12
+#: Elements of a piece of a weight in the search; below torch's grain size, so that sums have one order.
+_PIECE = 1 << 14
 
 
 def affine_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -157,10 +159,6 @@ def search_weight(weight: Tensor, spec: QuantSpec, *, candidates: int = 80, powe
     step = max(1, _PIECE // max(1, rows.shape[1]))  # channels are independent: a piece of them stays in the cache
     pieces = zip(rows.split(step), full.split(step), strict=True)
     return torch.cat([_search_rows(r, f, spec, candidates, power) for r, f in pieces])
-
-
-#: Elements of a piece of a weight in the search; below torch's grain size, so that sums have one order.
-_PIECE = 1 << 14
 
 
 def _search_rows(rows: Tensor, full: Tensor, spec: QuantSpec, candidates: int, power: float) -> Tensor:

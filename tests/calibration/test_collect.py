@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from edadm_compile.calibration import collect as collecting
 from edadm_compile.calibration import sampler
 from edadm_compile.calibration.collect import bottleneck, collect
 from edadm_compile.calibration.tdac import tdac, uniform
@@ -79,6 +80,20 @@ def test_the_allocation_follows_the_configuration(labelled):
     assert plain.allocation.counts.tolist() == off.allocation.counts.tolist() == uniform(STEPS, 12).counts.tolist()
     scored = collect(program, small_config(), torch.Generator().manual_seed(0))
     assert float(scored.allocation.diversity.max()) == 1.0
+
+
+def test_the_score_does_not_depend_on_the_pieces_a_batch_runs_in(labelled, monkeypatch):
+    _, program = labelled
+    whole = collect(program, small_config(), torch.Generator().manual_seed(5))
+    # Three trajectories in batches of two: a full piece and one that is filled up.
+    pairs = dataclasses.replace(program, signature=dataclasses.replace(program.signature, min_batch=2))
+    monkeypatch.setattr(collecting, "rows_at_once", lambda *given: 2)
+    parts = collect(pairs, small_config(), torch.Generator().manual_seed(5))
+    assert parts.allocation.diversity.tolist() == pytest.approx(whole.allocation.diversity.tolist(), abs=1e-4)
+    assert parts.allocation.density.tolist() == pytest.approx(whole.allocation.density.tolist(), abs=1e-4)
+    assert torch.equal(parts.step, whole.step)
+    for found, expected in ((parts.x, whole.x), (parts.trajectories.prediction, whole.trajectories.prediction)):
+        assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
 def test_the_score_looks_at_the_bottleneck(labelled):

@@ -49,6 +49,22 @@ def test_batches_are_sliced_and_filled_up(batch, lowest, largest):
     assert all(lowest <= s <= largest for s in sizes)
 
 
+@pytest.mark.parametrize(("lowest", "largest", "rows", "sizes"), [
+    (1, 1024, 3, [3, 3, 1]), (1, 1024, 100, [7]), (1, 2, 5, [2, 2, 2, 1]), (2, 1024, 3, [3, 3, 2]), (2, 1024, 1, [2, 2, 2, 2]),
+    (4, 4, 2, [4, 4]),
+])  # fmt: skip
+def test_at_most_so_many_rows_run_together(lowest, largest, rows, sizes):
+    program = _program()
+    x, t = torch.randn(7, 2, 3, 3), torch.arange(7)
+    expected = program(x, t)
+    signature = dataclasses.replace(program.signature, min_batch=lowest, max_batch=largest)
+    program = dataclasses.replace(program, signature=signature)
+    seen = []
+    program.graph_module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
+    torch.testing.assert_close(program.at_most(rows)(x, t), expected)
+    assert seen == sizes and program.signature.max_batch == largest
+
+
 def test_constants_live_under_dotted_names():
     module = torch.nn.Module()
     set_constant(module, "a.b.weight", torch.ones(2))
