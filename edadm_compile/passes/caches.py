@@ -88,7 +88,7 @@ class Caches:
     def release(self, *values: Tensor) -> None:
         """Values from here that nobody reads any more; their memory is free once the last reference is gone."""
         for value in values:
-            size, spilled = self._sizes.pop(value.untyped_storage().data_ptr(), (0, False))
+            size, spilled = self._sizes.pop(value.untyped_storage()._cdata, (0, False))
             if spilled:
                 self.use.spilled -= size
             else:
@@ -105,7 +105,7 @@ class Caches:
         }
 
     def _count(self, value: Tensor, size: int, spilled: bool) -> None:
-        use, key = self.use, value.untyped_storage().data_ptr()
+        use, key = self.use, value.untyped_storage()._cdata
         if size == 0 or key in self._sizes:
             return
         self._sizes[key] = (size, spilled)
