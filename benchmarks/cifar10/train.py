@@ -58,18 +58,18 @@ class Trainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.predict: Any = torch.compile(self.model) if fused else self.model
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3
+            self.model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=device == "cuda"
         )
         self.scheduler = DDIMScheduler(**scheduler_config(recipe.schedule, recipe.prediction))
         self.images = images.to(device)
-        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.generator = torch.Generator(device).manual_seed(recipe.seed)  # draws where they are used
         self.step, self.seconds, self.loss = 0, 0.0, 1.0
 
     def _batch(self) -> tuple[Tensor, list[Tensor]]:
         """Images in [-1, 1], half of them mirrored, and their labels where the network takes them."""
         size = self.recipe.batch
-        rows = torch.randint(0, len(self.images.pixels), (size,), generator=self.generator).to(self.device)
-        mirrored = (torch.rand(size, 1, 1, 1, generator=self.generator) < 0.5).to(self.device)
+        rows = torch.randint(0, len(self.images.pixels), (size,), generator=self.generator, device=self.device)
+        mirrored = torch.rand(size, 1, 1, 1, generator=self.generator, device=self.device) < 0.5
         x = scaled(self.images.pixels[rows])
         labels = [self.images.labels[rows]] if self.recipe.conditional and self.images.labels is not None else []
         return torch.where(mirrored, x.flip(3), x), labels
@@ -79,9 +79,9 @@ class Trainer:
         x, labels = self._batch()
         size, total = self.recipe.batch, self.scheduler.config.num_train_timesteps
         # One timestep from each of `batch` equal strata: the same mean of the loss with less variance.
-        fractions = (torch.arange(size) + torch.rand(size, generator=self.generator)) / size
-        t = (fractions * total).long().clamp(max=total - 1).to(self.device)
-        noise = torch.randn(x.shape, generator=self.generator).to(self.device)
+        inside = torch.rand(size, generator=self.generator, device=self.device)
+        t = ((torch.arange(size, device=self.device) + inside) / size * total).long().clamp(max=total - 1)
+        noise = torch.randn(x.shape, generator=self.generator, device=self.device)
         noisy = self.scheduler.add_noise(x, noise, t)
         target = noise if self.recipe.prediction == "epsilon" else self.scheduler.get_velocity(x, noise, t)
         for group in self.optimizer.param_groups:
@@ -143,10 +143,12 @@ def _rate(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / _WARMUP) * (0.5 * (1 + math.cos(math.pi * min(1.0, progress))) + 1e-3)
 
 
-def train(trainer: Trainer, out: Path, steps: int, minutes: float, save_minutes: float) -> None:
-    """Train until `steps` or `minutes` (those of earlier calls count) are over."""
+def train(
+    trainer: Trainer, out: Path, steps: int, minutes: float, save_minutes: float, pause_minutes: float = math.inf
+) -> None:
+    """Train until `steps` or `minutes` (those of earlier calls count) are over, or `pause_minutes` of this call."""
     start, before, saved = time.monotonic(), trainer.seconds, time.monotonic()
-    while True:
+    while time.monotonic() - start < 60 * pause_minutes:
         trainer.seconds = before + time.monotonic() - start
         progress = max(trainer.step / steps, trainer.seconds / (60 * minutes))
         if progress >= 1:
@@ -180,6 +182,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-minutes", type=float, default=5.0)
+    parser.add_argument(
+        "--pause-minutes",
+        type=float,
+        default=math.inf,
+        help="stop this call then; the next goes on (learning rate too)",
+    )
     args = parser.parse_args(argv)
     images = load_images(args.data)
     if args.conditional and images.labels is None:
@@ -189,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     if (args.out / "state.pt").exists():
         trainer.restore(args.out / "state.pt")
         print(f"goes on from step {trainer.step}", flush=True)
-    train(trainer, args.out, args.steps, args.minutes, args.save_minutes)
+    train(trainer, args.out, args.steps, args.minutes, args.save_minutes, args.pause_minutes)
     print(json.dumps(trainer.about()))
 
 

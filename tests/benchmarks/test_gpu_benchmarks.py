@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu import ceilings, check, cold_start, end_to_end, run, shapes, targets
+from benchmarks.gpu import ceilings, check, cold_start, compiled_baselines, end_to_end, run, shapes, targets, widths
+from edadm_compile.driver import contenders
+from edadm_compile.driver.machine import Cpu
 from edadm_compile.driver.single_launch import ReferenceRunner
 from edadm_compile.driver.synthetic import Settings
 
@@ -162,6 +164,38 @@ def test_end_to_end_and_cold_start(tmp_path):
         found = cold_start.child(way, "tiny", artifact, "cpu", 0.0)
         assert 0 < found["load_to_first_output"] < 60
     assert "longer than" in cold_start.measure("ours", "tiny", artifact, "cpu", 0.01)["failed"]
+    found = widths.measure({"w8": artifact, "w4": artifact}, (1, 2), 2, Cpu())
+    assert [row["batch"] for row in found["batches"]] == [1, 2]
+    assert (
+        found["batches"][0]["w8"]["ratio"]["median"] == 1 and found["batches"][0]["w4"]["microseconds"]["rounds"] == 2
+    )
+    assert found["bytes"]["w4"]["file"] == artifact.stat().st_size
+
+
+def test_baselines_made_ready_are_those_that_are_measured(tmp_path, monkeypatch):
+    artifact, out, jobs = tmp_path / "tiny.qmod", tmp_path / "e2e.json", tmp_path / "jobs.json"
+    eager, compiled = "eager fp32", compiled_baselines.NAMES["max-autotune"]
+    rows = {eager: contenders.BASELINES["cpu"][eager], compiled: ("without a compiler", torch.float32, True, "")}
+    monkeypatch.setitem(contenders.BASELINES, "cpu", rows)
+    end_to_end.compile_model("tiny", end_to_end.source("tiny"), artifact, (1,), (), 8)
+    done = compiled_baselines.child("tiny:2:max-autotune", artifact, "cpu")
+    jobs.write_text(json.dumps({"jobs": {"tiny:2:max-autotune": done, "tiny:1:max-autotune": {"failed": "not ready"}}}))
+    for batches in ("1", "2"):
+        end_to_end.main(
+            ["--dry-run", "--model", "tiny", "--batch", batches, "--ready", str(jobs), "--keep", str(artifact), "--out", str(out)]
+        )  # fmt: skip
+        (group,) = json.loads(out.read_text())["batches"]
+        names = {row["contender"] for row in group["rows"]}
+        assert eager in names and (compiled in names) == (batches == "2")
+
+
+def test_a_baseline_that_is_late_or_dies_is_not_ready(tmp_path):
+    out, missing = tmp_path / "jobs.json", {"tiny": tmp_path / "missing.qmod"}
+    found = compiled_baselines.run(["tiny:1:max-autotune"], missing, 120, out, "cpu")
+    assert "missing.qmod" in found["tiny:1:max-autotune"]["failed"]
+    found = compiled_baselines.run(["tiny:1:max-autotune"], missing, 0.01, out, "cpu")
+    assert "not ready after" in found["tiny:1:max-autotune"]["failed"]
+    assert compiled_baselines.ready(out, "tiny", 1) == []
 
 
 def test_the_script_is_valid_and_names_only_modules_that_exist():
