@@ -13,7 +13,14 @@ from torch import Tensor
 
 from edadm_compile.driver import bench_inputs
 from edadm_compile.driver.bench_inputs import Truth, plan_note
-from edadm_compile.driver.contenders import Contender, Predict, baseline_contenders, our_contenders, timed
+from edadm_compile.driver.contenders import (
+    Contender,
+    Predict,
+    baseline_contenders,
+    best_algorithms,
+    our_contenders,
+    timed,
+)
 from edadm_compile.driver.machine import Device, describe_machine, pick_device
 from edadm_compile.driver.options import load_options
 from edadm_compile.driver.options import parse_batches as parse_batches
@@ -95,7 +102,8 @@ def measure(
     contenders += [] if source is None else baseline_contenders(source, device.kind, options.baselines)
     state = _Bench(loaded, source, options, device, contenders, progress or Silent())
     batches = options.batches or _default_batches(loaded, device)
-    groups = [state.batch(batch) for batch in batches]
+    with best_algorithms():
+        groups = [state.batch(batch) for batch in batches]
     result: dict[str, Any] = {
         "artifact": str(path), "file_bytes": path.stat().st_size, "device": device.kind,
         "machine": describe_machine(device), "method": _METHOD, "note": _note(device),

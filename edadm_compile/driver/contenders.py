@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,12 @@ def baseline_contenders(source: Source, device: str, names: Sequence[str] | None
         for name, (what, dtype, last, how) in BASELINES[device].items()
         if names is None or name in names
     ]
+
+
+def best_algorithms() -> AbstractContextManager[Any]:
+    """While it is open cuDNN times its algorithms at the first call of each shape: the float model at its best."""
+    context: AbstractContextManager[Any] = torch.backends.cudnn.flags(enabled=True, benchmark=True)
+    return context
 
 
 def _baseline(source: Source, device: str, dtype: torch.dtype, last: bool, how: str) -> Callable[[], Predict]:
