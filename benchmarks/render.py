@@ -25,6 +25,7 @@ MEMORY = ROOT / "benchmarks" / "results" / "cpu-2core" / "memory.json"
 METHODS = ROOT / "benchmarks" / "results" / "cpu-2core" / "methods.json"
 ABLATIONS = ROOT / "benchmarks" / "results" / "cpu-2core" / "ablations.json"
 KERNELS = ROOT / "benchmarks" / "results" / "h200" / "kernel_targets.json"
+H100 = ROOT / "benchmarks" / "results" / "h100"
 _WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4")
 _TITLES = {
     "float": "float model",
@@ -225,6 +226,48 @@ def kernels_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def models_table(folder: Path) -> str:
+    """Whole UNets on a GPU as Markdown."""
+    read = {name: json.loads((folder / f"{name}.json").read_text()) for name in (
+        "cifar10_w8a8", "sd15_w8a8", "sd15_w8a8_compiled", "widths_cifar10", "widths_sd15"
+    )}  # fmt: skip
+    machine = read["cifar10_w8a8"]["machine"]
+    lines = [
+        f"{machine['gpu']}, torch {machine['torch']}; files compiled on a machine without a GPU, tiles of the cost model, random weights",
+        f"([files]({folder.relative_to(ROOT)}/README.md)). Medians, interleaved; behind each time of the float model: how many times faster W8A8 is.",
+        "",
+        "| UNet, batch | W8A8, ms | W4A8, ms | CUDA graph fp16, ms | torch.compile `reduce-overhead` fp16, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for title, name in (("CIFAR-10", "cifar10"), ("Stable Diffusion 1.5", "sd15")):
+        compiled = _times(read["sd15_w8a8_compiled"]) if name == "sd15" else {}
+        narrow = {row["batch"]: row["w4"]["microseconds"]["median"] for row in read[f"widths_{name}"]["batches"]}
+        for batch, rows in _times(read[f"{name}_w8a8"]).items():
+            other = compiled.get(batch, {}).get("torch.compile reduce-overhead fp16")
+            cells = [
+                f"{rows['cuda'][0]:.2f}",
+                f"{narrow[batch] / 1e3:.2f}",
+                _beside(rows["CUDA graph fp16"]),
+                _beside(other),
+            ]
+            lines.append(f"| {title}, {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(result: dict[str, Any]) -> dict[int, dict[str, tuple[float, float]]]:
+    """By batch and contender: milliseconds, and that over ours in the same round."""
+    return {
+        group["batch"]: {
+            row["contender"]: (row["microseconds"]["median"] / 1e3, row["ratio"]["median"]) for row in group["rows"]
+        }
+        for group in result["batches"]
+    }
+
+
+def _beside(value: tuple[float, float] | None) -> str:
+    return "" if value is None else f"{value[0]:.2f} ({value[1]:.2f})"
+
+
 def rendered(text: str) -> str:
     """README.md with its sections from the files."""
     quality = json.loads(DIGITS.read_text())
@@ -234,6 +277,7 @@ def rendered(text: str) -> str:
         "ablations": ablations_table(json.loads(ABLATIONS.read_text())),
         "speed": speed_table(json.loads(CIFAR10.read_text())),
         "kernels": kernels_table(json.loads(KERNELS.read_text())),
+        "models": models_table(H100),
     }
     return _with_sections(text, sections)
 
