@@ -54,12 +54,14 @@ def _dequantize_weight(w_q: Tensor, scale: Tensor, bits: int, shape: Sequence[in
 
 def _check_layer(channels: int, w_q: Tensor, multiplier: Tensor, bias: Tensor, bits: int, shape: Sequence[int]) -> None:
     """Refuse operands that do not belong together (a loaded program is checked this way before anything runs)."""
-    torch._check(channels == shape[1], lambda: f"{channels} input channels, the weight {list(shape)} takes {shape[1]}")
     stored = (shape[0], packed_columns(math.prod(shape[1:]), bits))
-    torch._check(
-        tuple(w_q.shape) == stored, lambda: f"packed weight {list(w_q.shape)}, {list(shape)} takes {list(stored)}"
-    )
-    torch._check(multiplier.shape == bias.shape == (shape[0],), lambda: f"multiplier and bias must be [{shape[0]}]")
+    # Not torch._check, which imports a computer algebra system.
+    if channels != shape[1]:
+        raise RuntimeError(f"{channels} input channels, the weight {list(shape)} takes {shape[1]}")
+    if tuple(w_q.shape) != stored:
+        raise RuntimeError(f"packed weight {list(w_q.shape)}, {list(shape)} takes {list(stored)}")
+    if not multiplier.shape == bias.shape == (shape[0],):
+        raise RuntimeError(f"multiplier and bias must be [{shape[0]}]")
 
 
 @torch.library.register_fake("edadm::qconv2d", lib=LIBRARY)

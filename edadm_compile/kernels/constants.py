@@ -27,6 +27,8 @@ def interleave(codes: Tensor, block: int) -> Tensor:
     Returns:
         uint8 [rows, K / 2].
     """
+    if codes.is_meta:  # for the shape alone, as `packing.unpack_matrix`
+        return codes.view(torch.uint8).reshape(codes.shape[0], -1, 2, block // 2)[:, :, 0].reshape(codes.shape[0], -1)
     nibbles = (codes.view(torch.uint8) & 0xF).reshape(codes.shape[0], -1, 2, block // 2)
     return (nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)).reshape(codes.shape[0], -1)
 
@@ -48,6 +50,16 @@ def pad_halves(rows: Tensor, multiple: int, glu: bool) -> Tensor:
     for target, half in zip(padded, halves, strict=True):
         target[: half.shape[0]] = half
     return padded.flatten(0, 1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` by copies: without memory (to learn the shape) that one imports torch's compiler, for a second."""
+    if len(parts) == 1:
+        return parts[0]
+    result = parts[0].new_empty(sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    for target, part in zip(result.split([part.shape[0] for part in parts]), parts, strict=True):
+        target.copy_(part)
+    return result
 
 
 def weight(
@@ -78,7 +90,7 @@ def weight(
         taps *= size
     inner = shapes[0][1]
     parts = [packing.unpack_matrix(packed, bits, taps * inner) for packed in sources]
-    codes = pad_halves(torch.cat(parts) if len(parts) > 1 else parts[0], rows, glu).reshape(-1, taps, inner)
+    codes = pad_halves(_joined(parts), rows, glu).reshape(-1, taps, inner)
     matrix = torch.nn.functional.pad(codes, (0, channels - inner)).reshape(codes.shape[0], -1)
     return interleave(matrix, block) if packing.storage_bits(bits) == 4 else matrix.contiguous()
 
@@ -93,7 +105,8 @@ def vector(
     count = 2 if glu else 1
     result = torch.zeros(count, length, device=device)
     if sources:
-        joined = torch.cat([source.reshape(-1).float() for source in sources]) * factor
+        joined = _joined([source.reshape(-1).float() for source in sources])
+        joined = joined if factor == 1 else joined * factor
         for target, half in zip(result, joined.chunk(count), strict=True):
             target[: half.shape[0]] = half
     return result.reshape(-1)
@@ -185,6 +198,9 @@ TRANSFORMS: dict[str, Callable[..., Tensor]] = {
     "float_weight": float_weight,
     "float_bias": float_bias,
 }
+
+#: Those that read single numbers and return a few.
+SCALARS = ("post", "attention")
 
 
 def make(spec: ConstantSpec, tensors: Callable[[str], Tensor], device: torch.device | str) -> Tensor:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class KernelRequest:
 
     def to_json(self) -> str:
         """One line of JSON; equal requests give equal text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(vars(self), sort_keys=True)
 
     @property
     def digest(self) -> str:

@@ -142,8 +142,12 @@ def _constants(plan: LaunchPlan, program: Program, made: dict[str, Tensor]) -> d
         text = json.dumps([spec.source, spec.transform, dict(spec.arguments)], sort_keys=True)
         if text not in made:
             try:
+                # A few numbers are made for good: arithmetic without memory imports torch's compiler, for a second.
+                device = "cpu" if spec.transform in constants.SCALARS else "meta"
                 with torch.no_grad():
-                    made[text] = constants.make(spec, lambda n: get_constant(program.graph_module, n), "meta")
+                    made[text] = constants.make(spec, lambda n: get_constant(program.graph_module, n), device).to(
+                        "meta"
+                    )
             except Exception as error:  # a transform's refusal may be of any type
                 raise ArtifactError(f"constant {name[:80]!r} cannot be made: {str(error)[:200]}") from error
         found[name] = made[text]

@@ -13,6 +13,7 @@ from edadm_compile.errors import ArtifactError
 from edadm_compile.ir.ops import LAYER_OPS, op_name
 from edadm_compile.ir.program import Program, get_constant, placeholders
 from edadm_compile.runtime.limits import Limits
+from edadm_compile.runtime.shape_rules import shape_rule
 
 _META = torch.device("meta")
 #: Operators that return a list of pieces of their first argument.
@@ -87,7 +88,9 @@ def _value(
     name = op_name(node.target)
     _check_arguments(name, args, kwargs)
     extra = {"device": _META} if _creates(node.target, args) else {}
-    result = node.target(*args, **kwargs, **extra)  # type: ignore[operator]
+    result: Any = shape_rule(name, args, {**kwargs, **extra})
+    if result is None:
+        result = node.target(*args, **kwargs, **extra)  # type: ignore[operator]
     _check_result(result, allowed)
     _check_workspace(name, args, result, allowed)
     return result
