@@ -19,7 +19,7 @@ from edadm_compile.kernels.launch import LaunchPlan, Tile
 from edadm_compile.kernels.request import triton_version
 from edadm_compile.kernels.targets import parse_targets
 from edadm_compile.lowering.builder import Target
-from edadm_compile.lowering.schedule import make_plan
+from edadm_compile.lowering.schedule import fix_batch, make_plan
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.passes.extremes import FLOAT16_MAX
 from edadm_compile.report.truth import describe, launch_table
@@ -99,6 +99,7 @@ def batches_for(program: Program, batches: Sequence[int]) -> tuple[int, ...]:
 def make_plans(program: Program, options: DeviceOptions) -> list[LaunchPlan]:
     """Launch plans for every architecture and batch size asked for."""
     batches = batches_for(program, options.batches)
+    fixed = {batch: fix_batch(program, batch, options.float_layers) for batch in batches}
     return [
         make_plan(
             program,
@@ -110,6 +111,7 @@ def make_plans(program: Program, options: DeviceOptions) -> list[LaunchPlan]:
                 library_attention=options.library_attention,
                 float_layers=options.float_layers,
             ),
+            fixed[batch],
         )
         for arch in options.targets
         for batch in batches

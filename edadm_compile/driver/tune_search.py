@@ -13,7 +13,7 @@ from edadm_compile.kernels import qconv2d_sm90, tiles
 from edadm_compile.kernels.launch import Launch, LaunchPlan, Tile
 from edadm_compile.kernels.registry import kernel
 from edadm_compile.lowering.builder import Target
-from edadm_compile.lowering.schedule import make_plan
+from edadm_compile.lowering.schedule import fix_batch, make_plan
 from edadm_compile.passes.base import Progress
 
 #: Kernels whose tiles are searched.
@@ -102,7 +102,8 @@ def _weight(shape: Shape) -> float:
 
 
 def _shapes(program: Program, target: Target, advance: Callable[[], None]) -> list[Shape]:
-    plain = make_plan(program, target)
+    fixed = fix_batch(program, target.batch, target.float_layers)
+    plain = make_plan(program, target, fixed)
     advance()
     first: dict[str, Launch] = {}
     counts: dict[str, int] = {}
@@ -115,7 +116,7 @@ def _shapes(program: Program, target: Target, advance: Callable[[], None]) -> li
     candidates: dict[str, list[LaunchPlan]] = {key: [isolate(plain, launch)] for key, launch in first.items()}
     for number in range(1, max(map(len, lists.values()), default=1)):
         chosen = {key: choices[number] for key, choices in lists.items() if number < len(choices)}
-        plan = make_plan(program, replace(target, tiles={**target.tiles, **chosen}))
+        plan = make_plan(program, replace(target, tiles={**target.tiles, **chosen}), fixed)
         launches = {(key_of(launch), launch.layer): launch for launch in plan.launches if launch.kernel in TUNED}
         for key in chosen:
             candidates[key].append(isolate(plan, launches[key, first[key].layer]))

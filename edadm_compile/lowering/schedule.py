@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from edadm_compile.errors import TargetError
 from edadm_compile.ir.program import Program, placeholders
-from edadm_compile.kernels.launch import TIME_TABLES, Launch, LaunchPlan, Operand
+from edadm_compile.kernels.launch import TIME_TABLES, ConstantSpec, Launch, LaunchPlan, Operand
 from edadm_compile.lowering import arena, leave_float, statistics
 from edadm_compile.lowering.builder import Target
 from edadm_compile.lowering.layout import contiguous
@@ -17,29 +18,60 @@ from edadm_compile.lowering.planner import Planner
 from edadm_compile.lowering.simplify import specialise
 
 
-def make_plan(program: Program, target: Target) -> LaunchPlan:
-    """The launches of one step.
+@dataclass(frozen=True)
+class FixedBatch:
+    """A program simplified for one batch size: what all plans of that batch begin with, whatever their tiles are.
+
+    Attributes:
+        program: a private copy, not changed by making plans.
+        batch: rows.
+        float_layers: names of integer layers that it computes in float.
+        derived: how the device makes the constants of these.
+    """
+
+    program: Program
+    batch: int
+    float_layers: tuple[str, ...]
+    derived: dict[str, ConstantSpec]
+
+
+def fix_batch(program: Program, batch: int, float_layers: Sequence[str] = ()) -> FixedBatch:
+    """Most of the work of a plan; several plans may share it.
 
     Args:
         program: dialect lowered.
-        target: architecture, batch and element types.
 
     Raises:
         TargetError: the program does not accept this batch.
     """
     signature = program.signature
-    if not signature.min_batch <= target.batch <= signature.max_batch:
-        raise TargetError(
-            f"--batch {target.batch}: the captured model accepts {signature.min_batch} to {signature.max_batch}"
-        )
-    graph_inputs, tables = input_operands(program, target.batch)
+    if not signature.min_batch <= batch <= signature.max_batch:
+        raise TargetError(f"--batch {batch}: the captured model accepts {signature.min_batch} to {signature.max_batch}")
     module = program.fork()
-    derived = leave_float.apply(module, target.float_layers)
-    module = specialise(module, target.batch)
+    derived = leave_float.apply(module, float_layers)
+    return FixedBatch(specialise(module, batch), batch, tuple(float_layers), derived)
+
+
+def make_plan(program: Program, target: Target, fixed: FixedBatch | None = None) -> LaunchPlan:
+    """The launches of one step.
+
+    Args:
+        program: dialect lowered.
+        target: architecture, batch and element types.
+        fixed: of the same program for the target's batch and float layers; made here by default.
+
+    Raises:
+        TargetError: the program does not accept this batch.
+    """
+    fixed = fixed or fix_batch(program, target.batch, target.float_layers)
+    if (fixed.batch, fixed.float_layers) != (target.batch, tuple(target.float_layers)):
+        raise ValueError(f"a program fixed for {fixed.batch} rows cannot become a plan for {target.batch}")
+    module, signature = fixed.program, program.signature
+    graph_inputs, tables = input_operands(program, target.batch)
     final = module.graph_module.graph.output_node().args[0].meta["val"]  # type: ignore[union-attr]
     shape = tuple(final.shape)
     result = Operand("output", 0, torch.float32, shape, contiguous(shape))
-    build = Planner(module, target, graph_inputs, result, derived).run()
+    build = Planner(module, target, graph_inputs, result, fixed.derived).run()
     statistics.attach(build)
     launches, conditioning = hoist(build.launches, [s.name for s in signature.conditions])
     buffers, size = arena.plan(arena.lifetimes(launches, build.sizes, build.names, conditioning))

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edadm_compile.lowering.builder import Target
+from edadm_compile.lowering.schedule import fix_batch, make_plan
 from tests.lowering.plans import inputs_of, lowered, plan_of, run
 
 WIDTH = 16
@@ -167,3 +169,15 @@ def test_the_stable_diffusion_unet_takes_at_most_340_launches_a_step():
     assert len(plan.launches) - plan.conditioning <= 340 and not any(x.kernel == "torch" for x in plan.launches)
     assert plan.conditioning == 2  # the codes of the text, and the keys and values of all blocks in one product
     assert "attn2.to_k" in plan.launches[1].layer and plan.launches[1].layer.count("attn2.to_v") == 16
+
+
+def test_plans_of_one_batch_share_what_does_not_depend_on_the_target():
+    program = lowered(Body(Residual()))
+    fixed = fix_batch(program, 2)
+    for arch in ("sm_80", "sm_90", "sm_80"):
+        target = Target(arch, 2, torch.float16)
+        assert make_plan(program, target, fixed) == make_plan(program, target)
+    with pytest.raises(ValueError, match="fixed for 2 rows"):
+        make_plan(program, Target("sm_80", 3, torch.float16), fixed)
+    with pytest.raises(ValueError):
+        make_plan(program, Target("sm_80", 2, torch.float16, float_layers=("pattern.conv1",)), fixed)
