@@ -18,9 +18,8 @@ class BuildWithExamples(build_py):
         if self.editable_mode:
             return
         goal = Path(self.build_lib) / "edadm_compile" / "examples"
-        shutil.copytree(
-            HERE / "examples", goal, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
-        )
+        left_out = shutil.ignore_patterns("__pycache__", "*.pyc", "cifar10")  # 13 MB of weights stay in the repository
+        shutil.copytree(HERE / "examples", goal, dirs_exist_ok=True, ignore=left_out)
 
 
 setup(cmdclass={"build_py": BuildWithExamples})
