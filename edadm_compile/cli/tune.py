@@ -16,6 +16,11 @@ from edadm_compile.cli.options import FILE, guarded, output_options, print_json
 @click.option("--batch", metavar="N,N", help="Batch sizes besides those of the file's plans.")
 @click.option("--budget", type=click.FloatRange(1), metavar="SECONDS", help="Stop the search after this time.")
 @click.option("--table", type=FILE, metavar="FILE.json", help="Also write the tiles and times, even when interrupted.")
+@click.option(
+    "--prepare",
+    metavar="ARCH",
+    help="Only compile what will be tried on a GPU of ARCH into the cache of kernels; needs no GPU and writes no file.",
+)
 @output_options("No progress, no summary.")
 @guarded
 def tune(
@@ -24,6 +29,7 @@ def tune(
     batch: str | None,
     budget: float | None,
     table: Path | None,
+    prepare: str | None,
     quiet: bool,
     verbose: bool,
     as_json: bool,
@@ -34,8 +40,19 @@ def tune(
     from edadm_compile.report import bench_tables
     from edadm_compile.report import progress as bars
 
+    if prepare is not None and (output or budget or table):
+        raise click.UsageError("--prepare writes no file and measures nothing: leave out -o, --budget and --table")
     with bars.reporter(quiet, verbose) as progress:
         wanted = batches.parse_batches(batch)
+        if prepare is not None:
+            found = driver.prepare(artifact, prepare, wanted, progress)
+    if prepare is not None:
+        if as_json:
+            print_json(found)
+        elif not quiet:
+            bench_tables.print_prepared(found)
+        return
+    with bars.reporter(quiet, verbose) as progress:
         result = driver.run(artifact, output or artifact, wanted, budget, table, progress)
     if as_json:
         print_json(result)

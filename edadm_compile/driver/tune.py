@@ -16,9 +16,10 @@ from edadm_compile.driver import device_code, fp16_times
 from edadm_compile.driver.outputs import check_writable
 from edadm_compile.driver.single_launch import GpuRunner, Runner, agrees, fill, operations
 from edadm_compile.driver.tune_search import Found, Shape, key_of, search, shapes_of
-from edadm_compile.errors import TargetError
+from edadm_compile.errors import InputError, TargetError, did_you_mean
 from edadm_compile.ir.program import Program, get_constant
-from edadm_compile.kernels import execute
+from edadm_compile.kernels import aot, execute
+from edadm_compile.kernels.aot_cache import default_cache
 from edadm_compile.kernels.launch import LaunchPlan, Tile
 from edadm_compile.kernels.memory import Memory
 from edadm_compile.kernels.request import triton_version
@@ -132,6 +133,41 @@ def run(
     result, found = tune(loaded, arch, options, runner, budget, progress or Silent())
     result["gpu"] = torch.cuda.get_device_name()
     return finish(result, found, artifact, output, table, options, progress or Silent())
+
+
+def prepare(
+    artifact: Path, arch: str, batches: tuple[int, ...] | None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Compile what `run` will try on a GPU of architecture `arch`, into the cache of kernels; needs no GPU.
+
+    A `run` that finds that cache (same version of Triton) measures at once.
+
+    Returns:
+        arch, batches, numbers of shapes, candidates and kernels, candidates that do not compile, and the cache.
+
+    Raises:
+        InputError: an unknown architecture.
+        TargetError: Triton is missing.
+        EdadmError: a file that cannot be read.
+    """
+    if arch not in TARGETS:
+        raise InputError(f"--prepare: got {arch!r}, allowed {', '.join(TARGETS)}{did_you_mean(arch, TARGETS)}")
+    progress = progress or Silent()
+    loaded = read(artifact)
+    device_code.check_has_form(loaded)
+    options = options_for(loaded, arch, batches)
+    wanted = device_code.batches_for(loaded.lowered, options.batches)
+    progress.stage("plans", None)
+    targets = [Target(arch, batch, device_code.STORES[options.store]) for batch in wanted]
+    shapes = shapes_of(loaded.lowered, targets, lambda: progress.advance(1))
+    plans = [plan for shape in shapes for plan in shape.candidates]
+    kernels = len(aot.distinct(plans))
+    progress.stage("kernels", kernels)
+    refused = GpuRunner(torch.device("cuda")).prepare(plans, progress.advance)
+    return {
+        "arch": arch, "batches": list(wanted), "triton": triton_version(), "shapes": len(shapes), "candidates": len(plans),
+        "kernels": kernels, "refused": sorted(set(refused.values())), "cache": str(default_cache()),
+    }  # fmt: skip
 
 
 def options_for(loaded: Artifact, arch: str, batches: tuple[int, ...] | None) -> device_code.DeviceOptions:

@@ -130,5 +130,17 @@ def print_tune(result: Mapping[str, Any]) -> None:
         out.print(f"→ {result['output']}", highlight=False)
 
 
+def print_prepared(found: Mapping[str, Any]) -> None:
+    """Print what `tune --prepare` compiled."""
+    out = console()
+    out.print(
+        f"{found['kernels']} kernels for {found['candidates']} candidates of {found['shapes']} shapes ({found['arch']}, batch "
+        f"{', '.join(map(str, found['batches']))}, Triton {found['triton']}) are in {found['cache']}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for reason in found["refused"]:
+        out.print(f"left out: {reason}", highlight=False, soft_wrap=True)
+
+
 def _db(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"

@@ -21,6 +21,7 @@ CASES = [
     ("sample tiny.qmod --guidance 2", 2, '--guidance 2 needs the unconditional branch: give --null-label K (or "last") for class labels, --uncond FILE.safetensors or --uncond zeros for other conditions (--prompts brings the empty prompt); the model takes label []'),
     ("sample tiny.qmod --guidance 2 --null-label 5", 2, "--null-label: got 5, allowed is 0 to 4"),
     ("tune tiny.qmod", 8, "tune measures kernels on a GPU and torch finds no CUDA GPU here; run it on the GPU's machine"),
+    ("tune tiny.qmod --prepare sm_91", 2, "--prepare: got 'sm_91', allowed sm_80, sm_86, sm_89, sm_90, sm_100, sm_120; did you mean 'sm_90'?"),
     ("bench tiny.qmod --device tpu", 2, "--device: got 'tpu', allowed cpu, cuda"),
     ("bench tiny.qmod --device cuda", 8, "--device cuda: torch finds no CUDA GPU here; use --device cpu"),
     ("bench tiny.qmod --batch one", 2, "--batch: got 'one', expected positive integers joined by commas, such as 1,8,64"),

@@ -16,6 +16,7 @@ CASES = [
     ("evaluate tiny.qmod", 2, "--reference is missing (see edadm-compile evaluate --help)"),
     ("bench tiny.qmod --repeats 1", 2, "--repeats: got 1, allowed 2 to 10000 (see edadm-compile bench --help)"),
     ("tune tiny.qmod --budget 0", 2, "--budget: got 0.0, allowed 1 or more (see edadm-compile tune --help)"),
+    ("tune tiny.qmod --prepare sm_90 --budget 5", 2, "--prepare writes no file and measures nothing: leave out -o, --budget and --table (see edadm-compile tune --help)"),
     ("unet.pt --store float8", 2, "--store: got 'float8', allowed float16, bfloat16, float32; did you mean 'float32'? (see edadm-compile compile --help)"),
     ("unet.pt --shape 3,8,8 --shape 3,16,16", 2, "--shape: got 2 shapes (3,8,8 and 3,16,16), a file holds one; compile one file for each (see edadm-compile compile --help)"),
     ("unet.pt --null-label", 2, "option '--null-label' requires an argument (see edadm-compile --help)"),

@@ -11,7 +11,8 @@ from edadm_compile.driver import bench, device_code, fp16_times, machine, single
 from edadm_compile.driver.single_launch import ReferenceRunner
 from edadm_compile.driver.tune_search import search, shapes_of, shortlist
 from edadm_compile.errors import TargetError
-from edadm_compile.kernels import tiles
+from edadm_compile.kernels import aot, tiles
+from edadm_compile.kernels.aot_cache import Cache, default_cache
 from edadm_compile.kernels.registry import kernel
 from edadm_compile.lowering.builder import Target
 from edadm_compile.lowering.schedule import make_plan
@@ -269,3 +270,21 @@ def test_tuned_on_a_gpu_then_measured(path, tmp_path, labelled_source):
         assert all("microseconds" in row and row["peak_bytes"] > 0 for row in group["rows"]), group
     assert measured["batches"][1]["plan"] == "no plan for 2: the plan for 3, filled up"
     assert all("failed" not in row for row in measured["kernels"]["plans"]["1"])
+
+
+def test_candidates_are_compiled_without_a_gpu(small_files, monkeypatch, tmp_path):
+    for name, count in (("CANDIDATES", 2), ("DEEP", 0), ("DEEPER", 0)):
+        monkeypatch.setattr(tune_search, name, count)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["tune", str(small_files["chain"]), "--prepare", "sm_80", "--batch", "2"]
+    done = CliRunner().invoke(cli.main, [*command, "--json", "-q"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["cache"] == str(default_cache()) and not found["refused"] and 2 in found["batches"]
+    targets = [Target("sm_80", batch, torch.float16) for batch in found["batches"]]
+    plans = [plan for s in shapes_of(read(small_files["chain"]).lowered, targets) for plan in s.candidates]
+    keys = {key for plan in plans for key in aot.plan_keys(plan)}
+    assert (found["candidates"], found["kernels"]) == (len(plans), len(keys)) and len(keys) > len(plans) / 4
+    assert all(Cache(default_cache()).get(key) is not None for key in keys)
+    told = CliRunner().invoke(cli.main, command)
+    assert f"{len(keys)} kernels for {len(plans)} candidates" in told.output
