@@ -31,6 +31,15 @@ def dependencies(graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:
     return deps
 
 
+def last_read(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node the nodes that it reads as their last reader: nobody needs their values behind it."""
+    readers = {source: node for node in graph.nodes for source in node.all_input_nodes}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for source, reader in readers.items():
+        found.setdefault(reader, []).append(source)
+    return found
+
+
 def constant_target(node: Any) -> str | None:
     """Name of the constant a node reads, or None."""
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None

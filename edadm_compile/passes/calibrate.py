@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import CalibrationError
+from edadm_compile.ir.analysis import shape_of
 from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, get_constant, layer_of
@@ -17,6 +18,7 @@ from edadm_compile.methods import Method
 from edadm_compile.passes import extremes
 from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.checkpoint import Saved
+from edadm_compile.passes.kept_values import KeptValues
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
 from edadm_compile.passes.records import layer_records, ranges_state, set_layer_records, set_ranges
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
@@ -62,7 +64,7 @@ class Calibrate:
             found = observers[node]
             scale, zero_point = found.affine(quantizer.spec, extremes.readers(node), ctx.config.recipe)
             quantizer.set_affine(scale, zero_point)
-            observed.append((node, torch.cat(found.parts), found.low, found.high))
+            observed.append((node, found.kept.values, found.low, found.high))
             ctx.progress.advance(1, node.name)
         for node, observer in outputs.items():
             _set_output(program, node, observer, minmax=ctx.config.recipe.ranges == "minmax")
@@ -127,7 +129,7 @@ class ActivationObserver:
 
     low: float = 0.0
     high: float = 0.0
-    parts: list[Tensor] = field(default_factory=list)
+    kept: KeptValues = field(default_factory=KeptValues)
 
     def update(self, x: Tensor, keep: int, generator: torch.Generator) -> None:
         low, high = torch.aminmax(x)
@@ -136,7 +138,7 @@ class ActivationObserver:
         self.high = float(torch.maximum(high, torch.tensor(self.high)))
         flat = x.reshape(-1)
         picked = torch.randint(0, flat.numel(), (min(keep, flat.numel()),), generator=generator)
-        self.parts.append(flat[picked])
+        self.kept.add(flat[picked])
 
     def affine(self, spec: QuantSpec, name: str, method: Method) -> tuple[Tensor, Tensor]:
         minmax = method.ranges == "minmax"
@@ -148,7 +150,7 @@ class ActivationObserver:
             margin = 1.0 if minmax else 1.25  # unseen noise reaches beyond the calibration set
             return affine_from_range(torch.tensor([self.low * margin]), torch.tensor([self.high * margin]), spec)
         search = search_symmetric if method.symmetric else search_activation
-        return search(torch.cat(self.parts), self.low, self.high, spec, power=_POWERS[method.ranges])
+        return search(self.kept.values, self.low, self.high, spec, power=_POWERS[method.ranges])
 
 
 def _set_output(program: Program, node: fx.Node, observer: ChannelObserver, *, minmax: bool) -> None:
@@ -178,9 +180,15 @@ def _observe(
     total = inputs[0].shape[0]
     chunk = rows_at_once(program, MOST_BYTES, min(_CHUNK, program.signature.max_batch))
     ctx.progress.stage("observing", total)
+    each, each_channel = -(-_KEEP * chunk // total), -(-KEEP * chunk // total)
+    batches = -(-total // chunk)
+    for observer in observers.values():
+        observer.kept.reserve(each * batches)
+    for node, channels in outputs.items():
+        channels.kept.reserve(each_channel * batches, shape_of(node)[1])
     samplers: list[_Sampler] = [
-        (observers, -(-_KEEP * chunk // total), ctx.generator(2)),
-        (outputs, -(-KEEP * chunk // total), ctx.generator(4)),
+        (observers, each, ctx.generator(2)),
+        (outputs, each_channel, ctx.generator(4)),
         (peaks, 0, ctx.generator(5)),
     ]
     recorder = _Recorder(program, samplers)

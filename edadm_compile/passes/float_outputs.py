@@ -16,7 +16,13 @@ from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.checkpoint import Saved
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
 from edadm_compile.passes.records import layer_records, set_layer_records
-from edadm_compile.passes.sensitivity import MEASURE_LIMIT, float_values, output_energy, output_error
+from edadm_compile.passes.sensitivity import (
+    MEASURE_LIMIT,
+    measurement_pieces,
+    output_energy,
+    output_error,
+    values_of,
+)
 from edadm_compile.quant.affine import dequantize, quantize
 from edadm_compile.quant.spec import act_spec
 
@@ -74,24 +80,41 @@ class FloatOutputs:
     @staticmethod
     def _errors(program: Program, nodes: list[fx.Node], ctx: Context) -> dict[fx.Node, float]:
         """Noise-to-signal ratio of the model's output when one convolution alone writes codes."""
-        values = float_values(program, ctx)
-        energy = output_energy(program, values)
-        generator = ctx.generator(5)
-        ctx.progress.stage("output codes", len(nodes))
-        errors = {}
-        for node in nodes:
-            value = pixels_of(node)
-            changed: dict[fx.Node, Any] = {value: _coded(node, values[value], generator)}
-            errors[node] = output_error(program, changed, values) / energy
-            ctx.progress.advance(1, _name(node))
-        return errors
+        pieces = measurement_pieces(program, ctx)
+        ctx.progress.stage("output codes", len(nodes) * len(pieces))
+        ranges = _ranges(program, nodes, pieces, ctx)
+        errors, energy = dict.fromkeys(nodes, 0.0), 0.0
+        for piece in pieces:
+            values = values_of(program, piece)
+            for node in nodes:
+                value = pixels_of(node)
+                changed: dict[fx.Node, Any] = {value: _coded(values[value], *ranges[node])}
+                errors[node] += output_error(program, changed, values)
+                ctx.progress.advance(1, _name(node))
+            energy += output_energy(program, values)
+            del values  # before those of the next piece are computed
+        return {node: error / energy for node, error in errors.items()}
 
 
-def _coded(node: fx.Node, value: Tensor, generator: torch.Generator) -> Tensor:
-    """The value [B, C, H, W] rounded to 8-bit codes of the best range of each channel."""
-    observer = ChannelObserver()
-    observer.update(value, KEEP, generator)
-    scale, zero = (v.reshape(-1, 1, 1) for v in observer.affine(_name(node), minmax=False))
+def _ranges(
+    program: Program, nodes: list[fx.Node], pieces: list[tuple[Tensor, ...]], ctx: Context
+) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """The best scale and zero point of each channel of each convolution's output, over the whole measurement batch."""
+    observers = {node: ChannelObserver() for node in nodes}
+    generator, keep = ctx.generator(5), -(-KEEP // len(pieces))
+    for node, observer in observers.items():
+        observer.kept.reserve(keep * len(pieces), shape_of(pixels_of(node))[1])
+    for piece in pieces:
+        values = values_of(program, piece)
+        for node, observer in observers.items():
+            observer.update(values[pixels_of(node)], keep, generator)
+        del values
+    return {node: observer.affine(_name(node), minmax=False) for node, observer in observers.items()}
+
+
+def _coded(value: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The value [B, C, H, W] rounded to 8-bit codes."""
+    scale, zero = scale.reshape(-1, 1, 1), zero_point.reshape(-1, 1, 1)
     spec = act_spec(8)
     return dequantize(quantize(value, scale, zero, spec.qmin, spec.qmax), scale, zero)
 
