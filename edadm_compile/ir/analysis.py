@@ -31,9 +31,9 @@ def dependencies(graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:
     return deps
 
 
-def last_read(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node the nodes that it reads as their last reader: nobody needs their values behind it."""
-    readers = {source: node for node in graph.nodes for source in node.all_input_nodes}
+def last_read(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each of `nodes`, in order, what it reads as the last of them: none behind it needs those values."""
+    readers = {source: node for node in nodes for source in node.all_input_nodes}
     found: dict[fx.Node, list[fx.Node]] = {}
     for source, reader in readers.items():
         found.setdefault(reader, []).append(source)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from edadm_compile.config import QuantConfig
 from edadm_compile.ir.analysis import layer_weight, shape_of
 from edadm_compile.ir.output_codes import can_be_float, pixels_of, writes_codes
 from edadm_compile.ir.program import Program, layer_of
@@ -53,10 +55,10 @@ class FloatOutputs:
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Measure and annotate."""
-        nodes = [n for n in program.graph_module.graph.nodes if writes_codes(n, layer_of(n))]
-        if ctx.config.uniform or not ctx.config.recipe.edges or not nodes:
+        nodes = candidates(program, ctx.config)
+        if not nodes:
             return PassResult(program, False, {"float_outputs": []})
-        if sum(layer_weight(program, n).numel() for n in nodes) > MEASURE_LIMIT:
+        if not measurable(program, nodes):
             chosen, errors = [n for n in nodes if can_be_float(n, layer_of(n))][:_UNMEASURED], {}
         else:
             errors = self._errors(program, nodes, ctx)
@@ -94,6 +96,18 @@ class FloatOutputs:
             energy += output_energy(program, values)
             del values  # before those of the next piece are computed
         return {node: error / energy for node, error in errors.items()}
+
+
+def candidates(program: Program, config: QuantConfig) -> list[fx.Node]:
+    """Convolutions that write codes and could get a float output instead; none in the baseline and with strict widths."""
+    if config.uniform or not config.recipe.edges:
+        return []
+    return [n for n in program.graph_module.graph.nodes if writes_codes(n, layer_of(n))]
+
+
+def measurable(program: Program, nodes: Sequence[fx.Node]) -> bool:
+    """Whether the convolutions are small enough for one forward each."""
+    return sum(layer_weight(program, n).numel() for n in nodes) <= MEASURE_LIMIT
 
 
 def _ranges(

@@ -26,12 +26,13 @@ class ChannelObserver:
 
     def update(self, x: Tensor, keep: int, generator: torch.Generator) -> None:
         """Take in one batch; `keep` positions of it stay."""
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1])
-        low, high = torch.aminmax(rows, dim=0)
+        low, high = x.amin(dim=(0, 2, 3)), x.amax(dim=(0, 2, 3))
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        picked = torch.randint(0, rows.shape[0], (min(keep, rows.shape[0]),), generator=generator)
-        self.kept.add(rows[picked])
+        pixels = x.shape[2] * x.shape[3]
+        total = x.shape[0] * pixels
+        picked = torch.randint(0, total, (min(keep, total),), generator=generator)
+        self.kept.add(x.flatten(2)[picked // pixels, :, picked % pixels])
 
     def affine(self, name: str, *, minmax: bool) -> tuple[Tensor, Tensor]:
         """Scale and zero point of 8-bit codes, float32 [C].

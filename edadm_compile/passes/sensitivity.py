@@ -104,7 +104,7 @@ def output_error(
         roundings: nodes that see other operands than the rest of the graph.
         weights: float64 [rows], of the rows of the batch in the sum; 1 each where not given.
     """
-    done = last_read(program.graph_module.graph)
+    done = last_read(program.graph_module.graph.nodes)
     with torch.no_grad():
         for node in program.graph_module.graph.nodes:
             rounding = roundings.get(node)

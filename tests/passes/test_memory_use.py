@@ -39,7 +39,7 @@ def _chain(length=12):
 def test_a_node_is_last_read_by_its_last_reader_alone():
     program = _chain(1)
     graph = program.graph_module.graph
-    found = last_read(graph)
+    found = last_read(graph.nodes)
     first, conv = nodes_of(program, "aten.conv2d.default")
     (total,) = nodes_of(program, "aten.add.Tensor")
     (silu,) = nodes_of(program, "aten.silu.default")
