@@ -18,6 +18,7 @@ from edadm_compile.methods import Method
 from edadm_compile.passes import extremes
 from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.checkpoint import Saved
+from edadm_compile.passes.freed_memory import give_back
 from edadm_compile.passes.kept_values import KeptValues
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
 from edadm_compile.passes.records import layer_records, ranges_state, set_layer_records, set_ranges
@@ -32,7 +33,7 @@ from edadm_compile.quant.observers import (
 from edadm_compile.quant.spec import QuantSpec
 
 #: Values kept of each activation for the range search, over the whole calibration set.
-_KEEP = 40_000
+KEPT = 40_000
 _CHUNK = 64
 
 
@@ -58,12 +59,14 @@ class Calibrate:
         outputs = {node: ChannelObserver() for node in nodes if writes_codes(node, layer_of(node))}
         peaks = extremes.peaks(program)
         _observe(program, observers, {pixels_of(node): o for node, o in outputs.items()}, peaks, ctx)
+        give_back()
         ctx.progress.stage("ranges", len(quantizers) + len(outputs))
         observed: list[extremes.Observed] = []
         for node, quantizer in quantizers:
             found = observers[node]
             scale, zero_point = found.affine(quantizer.spec, extremes.readers(node), ctx.config.recipe)
             quantizer.set_affine(scale, zero_point)
+            give_back()  # else the gaps that the candidates of a search leave add up over all searches
             observed.append((node, found.kept.values, found.low, found.high))
             ctx.progress.advance(1, node.name)
         for node, observer in outputs.items():
@@ -178,23 +181,32 @@ def _observe(
 ) -> None:
     inputs = ctx.calibration.inputs
     total = inputs[0].shape[0]
-    chunk = rows_at_once(program, MOST_BYTES, min(_CHUNK, program.signature.max_batch))
+    chunk = observed_together(program)
     ctx.progress.stage("observing", total)
-    each, each_channel = -(-_KEEP * chunk // total), -(-KEEP * chunk // total)
     batches = -(-total // chunk)
     for observer in observers.values():
-        observer.kept.reserve(each * batches)
+        observer.kept.reserve(kept_of_batch(KEPT, chunk, total) * batches)
     for node, channels in outputs.items():
-        channels.kept.reserve(each_channel * batches, shape_of(node)[1])
+        channels.kept.reserve(kept_of_batch(KEEP, chunk, total) * batches, shape_of(node)[1])
     samplers: list[_Sampler] = [
-        (observers, each, ctx.generator(2)),
-        (outputs, each_channel, ctx.generator(4)),
+        (observers, kept_of_batch(KEPT, chunk, total), ctx.generator(2)),
+        (outputs, kept_of_batch(KEEP, chunk, total), ctx.generator(4)),
         (peaks, 0, ctx.generator(5)),
     ]
     recorder = _Recorder(program, samplers)
     for rows in torch.arange(total).split(chunk):
         recorder.observe([v[rows] for v in inputs])
         ctx.progress.advance(rows.numel())
+
+
+def observed_together(program: Program) -> int:
+    """Rows of the calibration set that are observed together."""
+    return rows_at_once(program, MOST_BYTES, min(_CHUNK, program.signature.max_batch))
+
+
+def kept_of_batch(keep: int, chunk: int, total: int) -> int:
+    """Values to keep of each batch of `chunk` rows for `keep` of all `total`; a single batch gives more where it is not full."""
+    return -(-keep * chunk // total)
 
 
 #: Observers by node, values to keep of each batch, and what draws them.

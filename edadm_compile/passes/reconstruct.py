@@ -30,7 +30,7 @@ from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 #: Bytes of values that a training step keeps for its gradients; a larger batch is taken in pieces.
 STEP_BYTES = 4 << 30
 #: Tensors that the gradient of an activation quantizer keeps besides its result.
-_KEPT_BY_QUANTIZER = 3
+KEPT_BY_QUANTIZER = 3
 #: Rounding of wide weights moves less: their learning rate is this fraction of ``lr_weight``.
 _WIDE_FACTOR = 0.4
 
@@ -77,7 +77,7 @@ def _train(program: Program, unit: Unit, streams: Streams, phase: str, ctx: Cont
 def training_bytes(program: Program, closure: Sequence[fx.Node]) -> float:
     """Bytes per sample that a training step through a closure keeps."""
     quantizers = [n for n in closure if n.op == "call_module" and is_batched(n)]
-    return kept_by(closure) + _KEPT_BY_QUANTIZER * kept_by(quantizers)
+    return kept_by(closure) + KEPT_BY_QUANTIZER * kept_by(quantizers)
 
 
 class UnitTrainer:
