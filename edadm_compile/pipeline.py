@@ -33,6 +33,7 @@ from edadm_compile.passes.decompose_attention import DecomposeAttention
 from edadm_compile.passes.finite import check_parameters
 from edadm_compile.passes.float_outputs import FloatOutputs
 from edadm_compile.passes.fold_attention import FoldAttention
+from edadm_compile.passes.freed_memory import give_back
 from edadm_compile.passes.freeze import Freeze
 from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
@@ -293,6 +294,8 @@ class _Clock:
         self._seconds, self._last = seconds, time.perf_counter()
 
     def mark(self, stage: str) -> None:
+        """A stage is over."""
+        give_back()
         now = time.perf_counter()
         self._seconds[stage] = now - self._last
         self._last = now

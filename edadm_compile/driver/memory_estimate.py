@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,27 +14,36 @@ from edadm_compile.config import QuantConfig
 from edadm_compile.driver.outline import Outline
 from edadm_compile.ir.analysis import is_batched, shape_of
 from edadm_compile.ir.arithmetic import layer_weights
-from edadm_compile.ir.footprint import MOST_BYTES, Footprint, kept_by, rows_at_once, rows_within, value_bytes
-from edadm_compile.ir.program import Program
+from edadm_compile.ir.footprint import MOST_BYTES, Footprint, rows_at_once, rows_within, value_bytes
+from edadm_compile.ir.ops import op_name
+from edadm_compile.ir.output_codes import pixels_of, writes_codes
+from edadm_compile.ir.program import Program, layer_of
 from edadm_compile.ir.subgraph import Unit
-from edadm_compile.passes.calibrate import activation_quantizers
+from edadm_compile.passes.calibrate import KEPT, activation_quantizers, kept_of_batch, observed_together
+from edadm_compile.passes.float_outputs import candidates, measurable
 from edadm_compile.passes.layer_roles import quantized_layers
-from edadm_compile.passes.reconstruct import STEP_BYTES, training_bytes
-from edadm_compile.passes.sensitivity import MOST_BYTES as SENSITIVITY_BYTES
-from edadm_compile.passes.sensitivity import measured_rows
+from edadm_compile.passes.output_ranges import KEEP
+from edadm_compile.passes.reconstruct import KEPT_BY_QUANTIZER, STEP_BYTES, training_bytes
+from edadm_compile.passes.sensitivity import measured_rows, rows_together
 from edadm_compile.passes.streams import Streams
 
 #: Interpreter, torch, diffusers and what torch.export leaves, before any weight: measured on Linux, torch 2.13.
-_RUNTIME = 640 << 20
+_RUNTIME = 560 << 20
 #: What a node of a graph and its copies in the passes take.
-_NODE = 24 << 10
-#: The allocator keeps some of what values of changing sizes gave back. What the forward of the range search took stays with it:
-#: the values that the search keeps lie above.
-_SLACK = 1.12
-#: Float values kept for the range search of one quantizer.
-_OBSERVED = 40_000 * 4
+_NODE = 72 << 10
+#: Blocks of this size and more glibc takes from the system one by one and gives back at once.
+_MAPPED = 32 << 20
+#: Blocks below that lie in a heap with gaps: while values of changing sizes come and go it grows to about twice what they
+#: take at a time, because an aligned block seldom fits into the gap of another of its size (glibc bug 14581).
+_GAPS = 2.0
+#: Copies of a quantizer's sample in the search of its range: candidates of a piece, and their tensors at a time.
+_IN_SEARCH = 32 * 3
 #: Tensors of a weight's size while its rounding is learned: alpha, its gradient, Adam's two moments, the soft weight.
 _PER_WEIGHT = 5.0
+#: Tensors of a quantizer's size beside its result while it runs.
+_IN_QUANTIZER = 2.0
+#: Gradients of the size of the largest value, and what the backward pass computes them from.
+_IN_BACKWARD = 3.0
 
 
 @dataclass(frozen=True)
@@ -75,16 +85,17 @@ def memory_estimate(
     """
     base = _RUNTIME + _NODE * outline.captured
     held = base + weights + added
-    left = _forward(outline.floats, min(64, sampled.collected))
+    floats, quantized = Footprint(outline.floats), Footprint(outline.quantized)
     codes = layer_weights(quantized_layers(outline.quantized))
-    training, spilled = _reconstructing(outline, config, sampled, limit)
+    training, spilled = _reconstructing(outline, quantized, config, sampled, limit)
     stages = {
-        "calibration samples": held + _SLACK * _collecting(outline.floats, sampled),
-        "widths": held + _SLACK * _sensitivity(outline, config, sampled),
-        "ranges": held + _SLACK * _observing(outline, sampled),
-        "reconstruct": held + left + training,
-        "mean correction": held + left + codes + _SLACK * _forward(outline.quantized, sampled.scored),
-        "quality": held + left + file + _SLACK * _quality(outline, sampled),
+        "calibration samples": held + _collecting(outline.floats, floats, sampled),
+        "widths": held + _sensitivity(outline, floats, sampled),
+        "output codes": held + _output_codes(outline, floats, config, sampled),
+        "ranges": held + _observing(outline, floats, sampled.collected),
+        "reconstruct": held + training,
+        "mean correction": held + codes + _forward(outline.quantized, quantized, sampled.scored),
+        "quality": held + file + _quality(outline, sampled),
         "file": held + 4 * file,
     }
     if config.reconstruction.iters == 0 or not config.recipe.phases:
@@ -104,36 +115,73 @@ def memory_estimate(
     }
 
 
-def _forward(program: Program, rows: int) -> float:
-    return Footprint(program).peak * rows_at_once(program, MOST_BYTES, rows)
+def _taken(rows: float) -> Callable[[float], float]:
+    """What the process grows by for a block of so many bytes per row."""
+    return lambda size: rows * size * (1.0 if rows * size >= _MAPPED else _GAPS)
 
 
-def _collecting(program: Program, sampled: Sampled) -> float:
+def _forward(program: Program, footprint: Footprint, rows: int) -> float:
+    """Bytes of the values of a forward, each freed after its last reader."""
+    rows = rows_at_once(program, MOST_BYTES, rows)
+    return footprint.peak_of(list(program.graph_module.graph.nodes), _scratch, _taken(rows))
+
+
+def _scratch(node: fx.Node) -> float:
+    """Bytes per row that an operator takes beside its result: a convolution its input with the channels last."""
+    if node.op == "call_module" and is_batched(node):
+        return _IN_QUANTIZER * value_bytes(node)
+    if node.op == "call_function" and "conv" in op_name(node.target):
+        return value_bytes(node.all_input_nodes[0])
+    return 0.0
+
+
+def _collecting(program: Program, footprint: Footprint, sampled: Sampled) -> float:
     states = value_bytes(next(iter(program.graph_module.graph.nodes)))
     stored = 2 * states * sampled.steps * sampled.scored + states * sampled.collected
-    return stored + _forward(program, max(sampled.scored, min(64, sampled.collected)))
+    return stored + _forward(program, footprint, max(sampled.scored, min(64, sampled.collected)))
 
 
-def _sensitivity(outline: Outline, config: QuantConfig, sampled: Sampled) -> float:
-    if not outline.measured:
+def _sensitivity(outline: Outline, footprint: Footprint, sampled: Sampled) -> float:
+    return _measuring(outline.floats, footprint, sampled) if outline.measured else 0.0
+
+
+def _output_codes(outline: Outline, footprint: Footprint, config: QuantConfig, sampled: Sampled) -> float:
+    nodes = candidates(outline.quantized, config)
+    if not nodes or not measurable(outline.quantized, nodes):
         return 0.0
-    print_ = Footprint(outline.floats)
     rows = measured_rows(sampled.steps, sampled.scored, outline.floats.sampler.branches)
-    kept = kept_by(outline.floats.graph_module.graph.nodes)
-    together = rows_within(SENSITIVITY_BYTES, 2 * kept, rows)
-    return 2 * print_.total * together
+    return _measuring(outline.floats, footprint, sampled) + 4.0 * _channel_values(nodes, KEEP, rows)
 
 
-def _observing(outline: Outline, sampled: Sampled) -> float:
-    quantizers = sum(1 for _ in activation_quantizers(outline.quantized))
-    return quantizers * _OBSERVED + _forward(outline.floats, min(64, sampled.collected))
+def _measuring(program: Program, footprint: Footprint, sampled: Sampled) -> float:
+    """All float values of a measurement batch, and the changed ones behind a layer, each until its last reader."""
+    together = rows_together(program, measured_rows(sampled.steps, sampled.scored, program.sampler.branches))
+    nodes = list(program.graph_module.graph.nodes)
+    return footprint.total * together + footprint.peak_of(nodes, _scratch, _taken(together))
+
+
+def _observing(outline: Outline, footprint: Footprint, total: int) -> float:
+    """Samples of what is quantized, and beside them a forward, or the search of a range."""
+    program, chunk = outline.quantized, observed_together(outline.quantized)
+    rows, batches = min(chunk, total), -(-total // chunk)
+    each = kept_of_batch(KEPT, chunk, total)
+    samples = [min(each, rows * value_bytes(n) / 4) * batches for n, _ in activation_quantizers(program)]
+    codes = [n for n in program.graph_module.graph.nodes if writes_codes(n, layer_of(n))]
+    kept = sum(samples) + _channel_values(codes, kept_of_batch(KEEP, chunk, total), rows) * batches
+    search = _taken(4.0)(_IN_SEARCH * max(samples, default=0.0))
+    return 4.0 * kept + max(_forward(outline.floats, footprint, rows), search)
+
+
+def _channel_values(nodes: Iterable[fx.Node], each: int, rows: int) -> float:
+    """Values kept of the outputs of convolutions: `each` of a channel, or all that a batch of `rows` has."""
+    shapes = [shape_of(pixels_of(n)) for n in nodes]
+    return float(sum(shape[1] * min(each, rows * math.prod(shape[2:])) for shape in shapes))
 
 
 def _quality(outline: Outline, sampled: Sampled) -> float:
     program = outline.lowered
     rows = rows_at_once(program, MOST_BYTES, sampled.quality)
-    patches = max((_patches(n) for n in program.graph_module.graph.nodes), default=0.0)
-    return (Footprint(program).peak + patches) * rows
+    return Footprint(program).peak_of(list(program.graph_module.graph.nodes), _patches, _taken(rows))
 
 
 def _patches(node: fx.Node) -> float:
@@ -145,7 +193,9 @@ def _patches(node: fx.Node) -> float:
     return float(pixels * (2.0 * math.prod(weight[1:]) + 8.0 * weight[0]))
 
 
-def _reconstructing(outline: Outline, config: QuantConfig, sampled: Sampled, limit: int | None) -> tuple[float, float]:
+def _reconstructing(
+    outline: Outline, footprint: Footprint, config: QuantConfig, sampled: Sampled, limit: int | None
+) -> tuple[float, float]:
     """Most bytes in memory, above weights and runtime, and in files while the units are trained one after the other."""
     program, rows = outline.quantized, sampled.collected
     streams = Streams(program, outline.units, _empty_inputs(program))
@@ -155,19 +205,29 @@ def _reconstructing(outline: Outline, config: QuantConfig, sampled: Sampled, lim
     stored = getattr(torch, config.reconstruction.target_dtype).itemsize / 4
     for step, closure, live in streams.stations():
         cached = 2 * sum(value_bytes(n) for n in live) * rows
-        inside = kept_by(closure) * chunk
+        inside = footprint.peak_of(closure, _scratch, _taken(chunk))
         if isinstance(step, Unit):
             watched = [n for n in step.layers if n is not step.output and config.recipe.layer_loss_weight]
             targets = [value_bytes(n) * rows for n in (step.output, *watched) if is_batched(n)]
             cached += stored * sum(targets) + max(targets, default=0.0)  # with the squares of one for its mean
-            per_row = training_bytes(program, closure)
-            batch = rows_within(STEP_BYTES, per_row, config.reconstruction.batch)
             weights = 4.0 * layer_weights(step.layers)
-            inside = max(inside, per_row * batch + _PER_WEIGHT * weights)
+            inside = max(inside, _training(program, closure, config.reconstruction.batch) + _PER_WEIGHT * weights)
             codes += weights / 4
         kept = cached if limit is None else min(cached, limit)
-        most, spilled = max(most, codes + _SLACK * (kept + inside)), max(spilled, cached - kept)
+        most, spilled = max(most, codes + kept + inside), max(spilled, cached - kept)
     return most, spilled
+
+
+def _training(program: Program, closure: Sequence[fx.Node], batch: int) -> float:
+    """What a training step keeps for its gradients, and the gradients of the largest value."""
+    per_row = training_bytes(program, closure)
+    taken = _taken(rows_within(STEP_BYTES, per_row, batch))
+    largest = max(value_bytes(n) for n in closure)
+    quantizers = [n for n in closure if n.op == "call_module" and is_batched(n)]
+    kept = sum(taken(value_bytes(n)) for n in closure) + KEPT_BY_QUANTIZER * sum(
+        taken(value_bytes(n)) for n in quantizers
+    )
+    return kept + _IN_BACKWARD * taken(largest)
 
 
 def _empty_inputs(program: Program) -> list[torch.Tensor]:

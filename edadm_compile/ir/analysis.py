@@ -31,6 +31,15 @@ def dependencies(graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:
     return deps
 
 
+def last_read(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each of `nodes`, in order, what it reads as the last of them: none behind it needs those values."""
+    readers = {source: node for node in nodes for source in node.all_input_nodes}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for source, reader in readers.items():
+        found.setdefault(reader, []).append(source)
+    return found
+
+
 def constant_target(node: Any) -> str | None:
     """Name of the constant a node reads, or None."""
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None

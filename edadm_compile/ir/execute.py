@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import fx
 
+from edadm_compile.ir.analysis import last_read
 from edadm_compile.ir.program import get_constant
 
 
@@ -21,8 +22,17 @@ def evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) 
     return target(*args, **kwargs)  # type: ignore[operator]
 
 
-def run_nodes(module: fx.GraphModule, nodes: Iterable[fx.Node], values: dict[fx.Node, Any]) -> None:
-    """Evaluate `nodes` in order into `values`, which already holds what they read from outside."""
+def run_nodes(
+    module: fx.GraphModule, nodes: Sequence[fx.Node], values: dict[fx.Node, Any], wanted: Collection[fx.Node]
+) -> None:
+    """Evaluate `nodes` in order into `values`, which already holds what they read from outside.
+
+    What none of them reads any more leaves `values` at once, except `wanted`.
+    """
+    done = last_read(nodes)
     for node in nodes:
         if node not in values:
             values[node] = evaluate(module, node, values)
+        for source in done.get(node, ()):
+            if source not in wanted:
+                values.pop(source, None)

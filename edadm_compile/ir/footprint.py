@@ -6,7 +6,7 @@ Views share the memory of what they are views of (fake tensors know their storag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,24 +45,36 @@ class Footprint:
     @property
     def peak(self) -> float:
         """Most bytes per row at any time when a value is freed after its last reader."""
-        return max(self._live(), default=0.0)
+        return self.peak_of(list(self._graph.nodes))
 
-    def _live(self) -> list[float]:
+    def peak_of(
+        self,
+        nodes: Sequence[fx.Node],
+        scratch: Callable[[fx.Node], float] = lambda node: 0.0,
+        taken: Callable[[float], float] = lambda size: size,
+    ) -> float:
+        """The same for some of the nodes, run in order; what they read from outside is not counted.
+
+        Args:
+            scratch: bytes per row that a node takes besides its result while it runs.
+            taken: what an allocation of so many bytes per row counts.
+        """
+        inside = set(nodes)
         last: dict[fx.Node, int] = {}
-        for position, node in enumerate(self._graph.nodes):
+        for position, node in enumerate(nodes):
             for source in (node, *node.all_input_nodes):
                 owner = self._owner.get(source)
-                if owner is not None:
+                if owner in inside:
                     last[owner] = position
         freed: dict[int, float] = {}
         for owner, position in last.items():
-            freed[position] = freed.get(position, 0.0) + self.made[owner]
-        live, seen = 0.0, []
-        for position, node in enumerate(self._graph.nodes):
-            live += self.made[node]
-            seen.append(live)
+            freed[position] = freed.get(position, 0.0) + taken(self.made[owner])
+        live = most = 0.0
+        for position, node in enumerate(nodes):
+            live += taken(self.made[node])
+            most = max(most, live + taken(scratch(node)))
             live -= freed.get(position, 0.0)
-        return seen
+        return most
 
 
 def _owners(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> dict[fx.Node, fx.Node]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.errors import CalibrationError
+from edadm_compile.ir.analysis import shape_of
 from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
 from edadm_compile.ir.output_codes import pixels_of, writes_codes
 from edadm_compile.ir.program import Program, get_constant, layer_of
@@ -17,6 +18,8 @@ from edadm_compile.methods import Method
 from edadm_compile.passes import extremes
 from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.checkpoint import Saved
+from edadm_compile.passes.freed_memory import give_back
+from edadm_compile.passes.kept_values import KeptValues
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
 from edadm_compile.passes.records import layer_records, ranges_state, set_layer_records, set_ranges
 from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
@@ -30,7 +33,7 @@ from edadm_compile.quant.observers import (
 from edadm_compile.quant.spec import QuantSpec
 
 #: Values kept of each activation for the range search, over the whole calibration set.
-_KEEP = 40_000
+KEPT = 40_000
 _CHUNK = 64
 
 
@@ -56,13 +59,15 @@ class Calibrate:
         outputs = {node: ChannelObserver() for node in nodes if writes_codes(node, layer_of(node))}
         peaks = extremes.peaks(program)
         _observe(program, observers, {pixels_of(node): o for node, o in outputs.items()}, peaks, ctx)
+        give_back()
         ctx.progress.stage("ranges", len(quantizers) + len(outputs))
         observed: list[extremes.Observed] = []
         for node, quantizer in quantizers:
             found = observers[node]
             scale, zero_point = found.affine(quantizer.spec, extremes.readers(node), ctx.config.recipe)
             quantizer.set_affine(scale, zero_point)
-            observed.append((node, torch.cat(found.parts), found.low, found.high))
+            give_back()  # else the gaps that the candidates of a search leave add up over all searches
+            observed.append((node, found.kept.values, found.low, found.high))
             ctx.progress.advance(1, node.name)
         for node, observer in outputs.items():
             _set_output(program, node, observer, minmax=ctx.config.recipe.ranges == "minmax")
@@ -127,7 +132,7 @@ class ActivationObserver:
 
     low: float = 0.0
     high: float = 0.0
-    parts: list[Tensor] = field(default_factory=list)
+    kept: KeptValues = field(default_factory=KeptValues)
 
     def update(self, x: Tensor, keep: int, generator: torch.Generator) -> None:
         low, high = torch.aminmax(x)
@@ -136,7 +141,7 @@ class ActivationObserver:
         self.high = float(torch.maximum(high, torch.tensor(self.high)))
         flat = x.reshape(-1)
         picked = torch.randint(0, flat.numel(), (min(keep, flat.numel()),), generator=generator)
-        self.parts.append(flat[picked])
+        self.kept.add(flat[picked])
 
     def affine(self, spec: QuantSpec, name: str, method: Method) -> tuple[Tensor, Tensor]:
         minmax = method.ranges == "minmax"
@@ -148,7 +153,7 @@ class ActivationObserver:
             margin = 1.0 if minmax else 1.25  # unseen noise reaches beyond the calibration set
             return affine_from_range(torch.tensor([self.low * margin]), torch.tensor([self.high * margin]), spec)
         search = search_symmetric if method.symmetric else search_activation
-        return search(torch.cat(self.parts), self.low, self.high, spec, power=_POWERS[method.ranges])
+        return search(self.kept.values, self.low, self.high, spec, power=_POWERS[method.ranges])
 
 
 def _set_output(program: Program, node: fx.Node, observer: ChannelObserver, *, minmax: bool) -> None:
@@ -176,17 +181,32 @@ def _observe(
 ) -> None:
     inputs = ctx.calibration.inputs
     total = inputs[0].shape[0]
-    chunk = rows_at_once(program, MOST_BYTES, min(_CHUNK, program.signature.max_batch))
+    chunk = observed_together(program)
     ctx.progress.stage("observing", total)
+    batches = -(-total // chunk)
+    for observer in observers.values():
+        observer.kept.reserve(kept_of_batch(KEPT, chunk, total) * batches)
+    for node, channels in outputs.items():
+        channels.kept.reserve(kept_of_batch(KEEP, chunk, total) * batches, shape_of(node)[1])
     samplers: list[_Sampler] = [
-        (observers, -(-_KEEP * chunk // total), ctx.generator(2)),
-        (outputs, -(-KEEP * chunk // total), ctx.generator(4)),
+        (observers, kept_of_batch(KEPT, chunk, total), ctx.generator(2)),
+        (outputs, kept_of_batch(KEEP, chunk, total), ctx.generator(4)),
         (peaks, 0, ctx.generator(5)),
     ]
     recorder = _Recorder(program, samplers)
     for rows in torch.arange(total).split(chunk):
         recorder.observe([v[rows] for v in inputs])
         ctx.progress.advance(rows.numel())
+
+
+def observed_together(program: Program) -> int:
+    """Rows of the calibration set that are observed together."""
+    return rows_at_once(program, MOST_BYTES, min(_CHUNK, program.signature.max_batch))
+
+
+def kept_of_batch(keep: int, chunk: int, total: int) -> int:
+    """Values to keep of each batch of `chunk` rows for `keep` of all `total`; a single batch gives more where it is not full."""
+    return -(-keep * chunk // total)
 
 
 #: Observers by node, values to keep of each batch, and what draws them.

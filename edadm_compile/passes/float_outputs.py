@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from edadm_compile.config import QuantConfig
 from edadm_compile.ir.analysis import layer_weight, shape_of
 from edadm_compile.ir.output_codes import can_be_float, pixels_of, writes_codes
 from edadm_compile.ir.program import Program, layer_of
@@ -16,7 +17,13 @@ from edadm_compile.passes.base import Context, PassResult
 from edadm_compile.passes.checkpoint import Saved
 from edadm_compile.passes.output_ranges import KEEP, ChannelObserver
 from edadm_compile.passes.records import layer_records, set_layer_records
-from edadm_compile.passes.sensitivity import MEASURE_LIMIT, float_values, output_energy, output_error
+from edadm_compile.passes.sensitivity import (
+    MEASURE_LIMIT,
+    measurement_pieces,
+    output_energy,
+    output_error,
+    values_of,
+)
 from edadm_compile.quant.affine import dequantize, quantize
 from edadm_compile.quant.spec import act_spec
 
@@ -47,10 +54,10 @@ class FloatOutputs:
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Measure and annotate."""
-        nodes = [n for n in program.graph_module.graph.nodes if writes_codes(n, layer_of(n))]
-        if ctx.config.uniform or not ctx.config.recipe.edges or not nodes:
+        nodes = candidates(program, ctx.config)
+        if not nodes:
             return PassResult(program, False, {"float_outputs": []})
-        if sum(layer_weight(program, n).numel() for n in nodes) > MEASURE_LIMIT:
+        if not measurable(program, nodes):
             chosen, errors = [n for n in nodes if can_be_float(n, layer_of(n))][:_UNMEASURED], {}
         else:
             errors = self._errors(program, nodes, ctx)
@@ -74,24 +81,53 @@ class FloatOutputs:
     @staticmethod
     def _errors(program: Program, nodes: list[fx.Node], ctx: Context) -> dict[fx.Node, float]:
         """Noise-to-signal ratio of the model's output when one convolution alone writes codes."""
-        values = float_values(program, ctx)
-        energy = output_energy(program, values)
-        generator = ctx.generator(5)
-        ctx.progress.stage("output codes", len(nodes))
-        errors = {}
-        for node in nodes:
-            value = pixels_of(node)
-            changed: dict[fx.Node, Any] = {value: _coded(node, values[value], generator)}
-            errors[node] = output_error(program, changed, values) / energy
-            ctx.progress.advance(1, _name(node))
-        return errors
+        pieces = measurement_pieces(program, ctx)
+        ctx.progress.stage("output codes", len(nodes) * len(pieces))
+        ranges = _ranges(program, nodes, pieces, ctx)
+        errors, energy = dict.fromkeys(nodes, 0.0), 0.0
+        for piece in pieces:
+            values = values_of(program, piece)
+            for node in nodes:
+                value = pixels_of(node)
+                changed: dict[fx.Node, Any] = {value: _coded(values[value], *ranges[node])}
+                errors[node] += output_error(program, changed, values)
+                ctx.progress.advance(1, _name(node))
+            energy += output_energy(program, values)
+            del values  # before those of the next piece are computed
+        return {node: error / energy for node, error in errors.items()}
 
 
-def _coded(node: fx.Node, value: Tensor, generator: torch.Generator) -> Tensor:
-    """The value [B, C, H, W] rounded to 8-bit codes of the best range of each channel."""
-    observer = ChannelObserver()
-    observer.update(value, KEEP, generator)
-    scale, zero = (v.reshape(-1, 1, 1) for v in observer.affine(_name(node), minmax=False))
+def candidates(program: Program, config: QuantConfig) -> list[fx.Node]:
+    """Convolutions that write codes and could get a float output instead; none in the baseline and with strict widths."""
+    if config.uniform or not config.recipe.edges:
+        return []
+    return [n for n in program.graph_module.graph.nodes if writes_codes(n, layer_of(n))]
+
+
+def measurable(program: Program, nodes: Sequence[fx.Node]) -> bool:
+    """Whether the convolutions are small enough for one forward each."""
+    return sum(layer_weight(program, n).numel() for n in nodes) <= MEASURE_LIMIT
+
+
+def _ranges(
+    program: Program, nodes: list[fx.Node], pieces: list[tuple[Tensor, ...]], ctx: Context
+) -> dict[fx.Node, tuple[Tensor, Tensor]]:
+    """The best scale and zero point of each channel of each convolution's output, over the whole measurement batch."""
+    observers = {node: ChannelObserver() for node in nodes}
+    generator, keep = ctx.generator(5), -(-KEEP // len(pieces))
+    for node, observer in observers.items():
+        observer.kept.reserve(keep * len(pieces), shape_of(pixels_of(node))[1])
+    for piece in pieces:
+        values = values_of(program, piece)
+        for node, observer in observers.items():
+            observer.update(values[pixels_of(node)], keep, generator)
+        del values
+    return {node: observer.affine(_name(node), minmax=False) for node, observer in observers.items()}
+
+
+def _coded(value: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The value [B, C, H, W] rounded to 8-bit codes."""
+    scale, zero = scale.reshape(-1, 1, 1), zero_point.reshape(-1, 1, 1)
     spec = act_spec(8)
     return dequantize(quantize(value, scale, zero, spec.qmin, spec.qmax), scale, zero)
 

@@ -85,6 +85,7 @@ def layer_errors(program: Program, layers: Sequence[Options], ctx: Context) -> t
                 rounding = _rounding(options.node, info, ranges, scales)
                 errors[number, i] += output_error(program, {}, values, {options.node: rounding}, weights)
                 ctx.progress.advance(ctx.world.size, options.name)
+        del values  # before those of the next slice are computed
     ctx.world.add([errors])
     if not (0 < signal < math.inf and bool(errors.isfinite().all())):
         raise CalibrationError(
@@ -138,11 +139,14 @@ def _ranges(
     observers = {a: ActivationObserver() for a in dict.fromkeys(a for a, _ in wanted)}
     generator = ctx.generator(6)
     keep = -(-_KEEP // len(slices))
+    for observer in observers.values():
+        observer.kept.reserve(keep * len(slices))
     order = [n for n in program.graph_module.graph.nodes if n in observers]  # draws must not depend on a set's order
     for piece in slices:
         values = values_of(program, piece)
         for node in order:
             observers[node].update(values[node], keep, generator)
+        del values
         ctx.progress.advance(1)
     return {(a, bits): observers[a].affine(act_spec(bits), a.name, ctx.config.recipe) for a, bits in wanted}
 

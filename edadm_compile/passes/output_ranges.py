@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edadm_compile.errors import CalibrationError
+from edadm_compile.passes.kept_values import KeptValues
 from edadm_compile.quant.observers import affine_from_range, search_outputs
 from edadm_compile.quant.spec import act_spec
 
@@ -21,16 +22,17 @@ class ChannelObserver:
 
     low: Tensor | None = None
     high: Tensor | None = None
-    parts: list[Tensor] = field(default_factory=list)
+    kept: KeptValues = field(default_factory=KeptValues)
 
     def update(self, x: Tensor, keep: int, generator: torch.Generator) -> None:
         """Take in one batch; `keep` positions of it stay."""
-        rows = x.movedim(1, -1).reshape(-1, x.shape[1])
-        low, high = torch.aminmax(rows, dim=0)
+        low, high = x.amin(dim=(0, 2, 3)), x.amax(dim=(0, 2, 3))
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        picked = torch.randint(0, rows.shape[0], (min(keep, rows.shape[0]),), generator=generator)
-        self.parts.append(rows[picked])
+        pixels = x.shape[2] * x.shape[3]
+        total = x.shape[0] * pixels
+        picked = torch.randint(0, total, (min(keep, total),), generator=generator)
+        self.kept.add(x.flatten(2)[picked // pixels, :, picked % pixels])
 
     def affine(self, name: str, *, minmax: bool) -> tuple[Tensor, Tensor]:
         """Scale and zero point of 8-bit codes, float32 [C].
@@ -43,4 +45,4 @@ class ChannelObserver:
             raise CalibrationError(f"the output of {name} is not finite on the calibration set")
         if minmax:
             return affine_from_range(self.low, self.high, act_spec(8))
-        return search_outputs(torch.cat(self.parts), self.low, self.high, act_spec(8))
+        return search_outputs(self.kept.values, self.low, self.high, act_spec(8))

@@ -13,6 +13,7 @@ from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit
 from edadm_compile.passes.base import Context
 from edadm_compile.passes.checkpoint import MISFITS, Saved, load_all, resumed
+from edadm_compile.passes.freed_memory import give_back
 from edadm_compile.passes.out_of_memory import memory_guard
 from edadm_compile.passes.records import check_learned, set_learned
 from edadm_compile.passes.row_shares import held_rows
@@ -100,6 +101,7 @@ class Phase:
             return Trained(report, {})
 
         trained = resumed(ctx.checkpoints, self._names[number], make, state, restore)
+        give_back()
         told = {"unit": unit.name, "kind": unit.kind, "layers": len(unit.layers), "phase": self._phase}
         self._reports.append(told | trained.report)
         before, after = trained.report["before"], trained.report["after"]

@@ -19,6 +19,7 @@ from edadm_compile.ir.program import Program
 from edadm_compile.ir.subgraph import Unit, find_units
 from edadm_compile.parallel.world import Share, World
 from edadm_compile.passes.base import Context, PassResult
+from edadm_compile.passes.freed_memory import give_back
 from edadm_compile.passes.layer_taps import run_tapped
 from edadm_compile.passes.phase import Phase, Trained
 from edadm_compile.passes.records import learned_state
@@ -29,7 +30,7 @@ from edadm_compile.quant.fake_quant import ActFakeQuant, WeightFakeQuant
 #: Bytes of values that a training step keeps for its gradients; a larger batch is taken in pieces.
 STEP_BYTES = 4 << 30
 #: Tensors that the gradient of an activation quantizer keeps besides its result.
-_KEPT_BY_QUANTIZER = 3
+KEPT_BY_QUANTIZER = 3
 #: Rounding of wide weights moves less: their learning rate is this fraction of ``lr_weight``.
 _WIDE_FACTOR = 0.4
 
@@ -76,7 +77,7 @@ def _train(program: Program, unit: Unit, streams: Streams, phase: str, ctx: Cont
 def training_bytes(program: Program, closure: Sequence[fx.Node]) -> float:
     """Bytes per sample that a training step through a closure keeps."""
     quantizers = [n for n in closure if n.op == "call_module" and is_batched(n)]
-    return kept_by(closure) + _KEPT_BY_QUANTIZER * kept_by(quantizers)
+    return kept_by(closure) + KEPT_BY_QUANTIZER * kept_by(quantizers)
 
 
 class UnitTrainer:
@@ -148,6 +149,7 @@ class UnitTrainer:
                 done = every if (step + 1) % every == 0 else config.iters % every
                 ctx.progress.advance(done, f"{label} loss {self._finite(float(loss)):.2e}")
         self._finish()
+        give_back()  # the gaps that training left would come on top of what the closing measurement takes
         after = self._finite(self._mean_loss())
         self._release()
         return {"before": before, "after": after}
@@ -290,7 +292,7 @@ class UnitTrainer:
             for part in map(self.share.local, self._parts()):
                 rows = part.rows
                 values: dict[fx.Node, Any] = {n: self.quant_in[n][rows] for n in self.inputs}
-                run_nodes(self.program.graph_module, self.closure, values)
+                run_nodes(self.program.graph_module, self.closure, values, [out])
                 error = (values[out] - self._sampled(rows)[out]).square().mean() / self.energy[out]
                 errors.append(part.weight * error)
         return float(torch.stack(self.share.sums(errors)).mean())

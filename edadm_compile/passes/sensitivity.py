@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from edadm_compile.calibration.dataset import Trajectories
-from edadm_compile.ir.analysis import layer_weight, weight_node
+from edadm_compile.ir.analysis import last_read, layer_weight, weight_node
 from edadm_compile.ir.execute import evaluate
 from edadm_compile.ir.footprint import kept_by, rows_within
 from edadm_compile.ir.program import Program, Signature
@@ -41,7 +41,7 @@ def sensitivities(
     Returns:
         (error by layer node, squared output of the float model on the same inputs).
     """
-    pieces = _pieces(program, ctx)
+    pieces = measurement_pieces(program, ctx)
     ctx.progress.stage("sensitivity", len(nodes) * len(pieces))
     scales = {i: _scale(program, nodes[i], bits) for i in ctx.world.turns(len(nodes))}
     errors, signal = torch.zeros(len(nodes), dtype=torch.float64), 0.0
@@ -51,23 +51,23 @@ def sensitivities(
             errors[i] += output_error(program, _rounded_weight(program, nodes[i], bits, scale), values)
             ctx.progress.advance(ctx.world.size, layer_name(nodes[i]))
         signal += output_energy(program, values)
+        del values  # before those of the next piece are computed
     ctx.world.add([errors])
     return dict(zip(nodes, errors.tolist(), strict=True)), signal
 
 
-def _pieces(program: Program, ctx: Context) -> list[tuple[Tensor, ...]]:
+def measurement_pieces(program: Program, ctx: Context) -> list[tuple[Tensor, ...]]:
     """The measurement batch, cut where the values of a forward would exceed `MOST_BYTES`, as many changed ones beside them."""
     inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, program.sampler.branches)
-    rows = len(inputs[0])
-    if program.signature.min_batch == 1:  # else the last piece could be too small for the graph
-        rows = rows_within(MOST_BYTES, 2 * kept_by(program.graph_module.graph.nodes), rows)
+    rows = rows_together(program, len(inputs[0]))
     return list(zip(*(v.split(rows) for v in inputs), strict=True))
 
 
-def float_values(program: Program, ctx: Context) -> dict[fx.Node, Any]:
-    """Value of every node of a float program on the measurement batch."""
-    inputs = measurement_inputs(ctx.calibration.trajectories, program.signature, program.sampler.branches)
-    return values_of(program, inputs)
+def rows_together(program: Program, rows: int) -> int:
+    """Rows of a piece of a measurement batch of `rows`."""
+    if program.signature.min_batch > 1:  # the last piece could be too small for the graph
+        return rows
+    return rows_within(MOST_BYTES, 2 * kept_by(program.graph_module.graph.nodes), rows)
 
 
 def values_of(program: Program, inputs: Sequence[Tensor]) -> dict[fx.Node, Any]:
@@ -99,11 +99,12 @@ def output_error(
     """Squared error of the output when some values are others; only what depends on them is recomputed.
 
     Args:
-        changed: new values by node; filled with those of the nodes behind.
-        values: from `float_values`.
+        changed: new values by node; those of the nodes behind come and go in it, each until its last reader has run.
+        values: from `values_of`.
         roundings: nodes that see other operands than the rest of the graph.
         weights: float64 [rows], of the rows of the batch in the sum; 1 each where not given.
     """
+    done = last_read(program.graph_module.graph.nodes)
     with torch.no_grad():
         for node in program.graph_module.graph.nodes:
             rounding = roundings.get(node)
@@ -111,6 +112,8 @@ def output_error(
                 continue
             read = {n: changed.get(n, values[n]) for n in node.all_input_nodes}
             changed[node] = evaluate(program.graph_module, node, read if rounding is None else rounding(read))
+            for source in done.get(node, ()):
+                changed.pop(source, None)
     output = program.graph_module.graph.output_node()
     return _energy(changed[output] - values[output], weights)
 

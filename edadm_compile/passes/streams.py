@@ -174,7 +174,7 @@ class Streams:
         """Float values of nodes inside a closure for some samples, whatever their layout (tokens of all samples in one list, say)."""
         values: dict[fx.Node, Any] = {n: self.float_values[n][rows] for n in self.stored_inputs(closure)}
         with torch.no_grad(), float_mode(self.program):
-            run_nodes(self._module, closure, values)
+            run_nodes(self._module, closure, values, wanted)
         return {n: values[n] for n in wanted}
 
     def run(
@@ -191,7 +191,7 @@ class Streams:
             for rows in torch.arange(self.total).split(self._chunk):
                 window = slice(int(rows[0]), int(rows[-1]) + 1)
                 values: dict[fx.Node, Any] = {n: stored[n][window] for n in inputs}
-                run_nodes(self._module, closure, values)
+                run_nodes(self._module, closure, values, wanted)
                 for node in wanted:
                     if node not in found:
                         like = values[node]

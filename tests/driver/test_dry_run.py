@@ -4,15 +4,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from edadm_compile.calibration.sampler import timesteps
 from edadm_compile.cli import main
 from edadm_compile.config import LayerRule
 from edadm_compile.driver.compile import compile_model, to_artifact
 from edadm_compile.driver.device_code import DeviceOptions
 from edadm_compile.driver.dry_run import estimate
+from edadm_compile.driver.outline import make_outline
 from edadm_compile.errors import ConfigError
 from edadm_compile.ir.analysis import propagate_shapes
 from edadm_compile.ir.footprint import Footprint, rows_at_once
 from edadm_compile.ir.valueless import has_values, without_values
+from edadm_compile.passes.sensitivity import measured_rows
 from edadm_compile.report.dry_run_tables import print_dry_run
 from edadm_compile.report.truth import truth_table
 from edadm_compile.runtime.artifact import expected_size, to_bytes
@@ -29,6 +32,19 @@ def _agree(plan, result):
 
 def test_layers_blocks_and_size_are_those_of_the_compilation(labelled_source, compiled):
     _agree(estimate(labelled_source, compiled.config, DeviceOptions(())), compiled)
+
+
+def test_the_measurement_of_output_codes_keeps_all_float_values_where_it_is_done():
+    source = source_of(TinyUNet())
+    mixed, uniform = (small_config(uniform=uniform) for uniform in (False, True))
+    floats = make_outline(source, mixed).floats
+    found, none = (estimate(source, c, DeviceOptions(()))["memory"] for c in (mixed, uniform))
+    held = none["stages"]["output codes"]
+    assert held == none["runtime"] + none["weights"]
+    rows = measured_rows(len(timesteps(floats.sampler)), mixed.tdac.trajectories, 1)
+    kept = found["stages"]["output codes"] - found["runtime"] - found["weights"]
+    assert kept > Footprint(floats).total * rows > 0
+    assert kept < 4 * Footprint(floats).total * rows + (1 << 20)
 
 
 def test_a_memory_limit_moves_caches_to_disk(tmp_path):
@@ -71,6 +87,9 @@ def test_a_footprint_counts_memory_once_and_frees_it():
     assert found.total == 3 * size
     assert found.peak == 2 * size
     assert found.made[view] == 0
+    assert found.peak_of([view, second]) == size  # what comes from outside is not counted
+    assert found.peak_of([first, view, second, third], lambda node: 10.0 * (node is third)) == 2 * size + 10
+    assert found.peak_of([first, view, second, third], taken=lambda n: 3 * n) == 6 * size
 
 
 def test_rows_at_once_follow_the_budget():

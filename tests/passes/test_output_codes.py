@@ -116,7 +116,7 @@ def test_an_expensive_convolution_is_not_chosen_however_much_it_hurts():
     ids=["uniform", "minmax", "uniform for onnxruntime"],
 )
 def test_strict_widths_and_the_baseline_have_none(config, monkeypatch):
-    monkeypatch.setattr(float_outputs, "float_values", lambda *a: pytest.fail("measured"))
+    monkeypatch.setattr(float_outputs, "values_of", lambda *a: pytest.fail("measured"))
     names, stats, *_ = chosen(network(), config)
     assert names == [] and stats["changed"] is False
 
@@ -143,7 +143,7 @@ def test_convolutions_without_a_float_form_are_measured_but_not_chosen(form):
 
 
 def test_the_first_convolutions_of_models_too_large_to_measure(monkeypatch):
-    monkeypatch.setattr(float_outputs, "float_values", lambda *a: pytest.fail("measured"))
+    monkeypatch.setattr(float_outputs, "values_of", lambda *a: pytest.fail("measured"))
     program = network()
     size = sum(torch.Size(info.weight_shape).numel() for info in layers(program) if info.name != "head")
     monkeypatch.setattr(float_outputs, "MEASURE_LIMIT", size - 1)

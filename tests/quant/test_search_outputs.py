@@ -135,7 +135,7 @@ def test_the_extremes_are_those_of_all_batches(layout):
 @pytest.mark.parametrize(("keep", "kept"), [(10, 10), (1000, 24)])
 def test_what_is_kept_comes_from_the_channel_itself(keep, kept):
     value = torch.arange(24.0).reshape(2, 1, 3, 4) + 100 * torch.arange(4.0)[:, None, None]
-    (rows,) = observed(value, keep=keep).parts
+    rows = observed(value, keep=keep).kept.values
     assert rows.shape == (kept, 4)
     assert torch.equal((rows / 100).floor(), torch.arange(4.0).expand(kept, 4))
     assert torch.equal(rows - 100 * torch.arange(4.0), rows[:, :1].expand(kept, 4))  # whole pixels
@@ -147,7 +147,7 @@ def test_the_search_runs_on_what_is_kept_and_the_true_extremes():
     observer = observed(x, keep=300)
     scale, zero = observer.affine("layer", minmax=False)
     values = x.movedim(1, -1).reshape(-1, 4)
-    expected = search_outputs(observer.parts[0], values.amin(dim=0), values.amax(dim=0), SPEC)
+    expected = search_outputs(observer.kept.values, values.amin(dim=0), values.amax(dim=0), SPEC)
     assert torch.equal(scale, expected[0]) and torch.equal(zero, expected[1])
 
 
