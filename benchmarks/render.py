@@ -24,6 +24,7 @@ FAMILIES = ROOT / "benchmarks" / "results" / "cpu-2core" / "families.json"
 MEMORY = ROOT / "benchmarks" / "results" / "cpu-2core" / "memory.json"
 METHODS = ROOT / "benchmarks" / "results" / "cpu-2core" / "methods.json"
 ABLATIONS = ROOT / "benchmarks" / "results" / "cpu-2core" / "ablations.json"
+CIFAR10_METHODS = ROOT / "benchmarks" / "results" / "cpu-2core" / "cifar10_methods.json"
 KERNELS = ROOT / "benchmarks" / "results" / "h200" / "kernel_targets.json"
 H100 = ROOT / "benchmarks" / "results" / "h100"
 _WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4")
@@ -155,6 +156,25 @@ def methods_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cifar10_table(results: dict[str, Any]) -> str:
+    """The same methods on a trained model of CIFAR-10 as Markdown."""
+    budget, cells = results["budget"], list(results["cells"].values())
+    lines = [
+        f"The CIFAR-10 model of [examples/cifar10](examples/cifar10/README.md), W4A8, one seed, {budget['steps']} sampler steps, {budget['iters']} reconstruction steps per block and",
+        f"phase, {budget['samples']} calibration samples, {budget['n']} images; distances in the feature space of a small classifier, not FID; to real images the float",
+        f"model's is {results['float']['frechet_to_real']:.2f} ([cells]({CIFAR10_METHODS.relative_to(ROOT)}), made by `benchmarks/cifar10/table.py`).",
+        "",
+        "| | noise SQNR, dB | without the last step | image PSNR, median dB | Fréchet to float | Fréchet to real |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for cell in sorted(cells, key=lambda c: c["sqnr_db"]):
+        title = {"ours": "default", "ours, strict": "default, `--uniform`"}.get(cell["method"], cell["method"])
+        figures = [f"{cell[k]:.1f}" for k in ("sqnr_db", "sqnr_without_last_step_db", "psnr_median_db")]
+        figures += [f"{cell[k]:.2f}" for k in ("frechet_to_float", "frechet_to_real")]
+        lines.append(f"| {title} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 _PARTS = {
     "neither": "uniform timesteps, block losses",
     "TDAC": "TDAC, block losses",
@@ -274,6 +294,7 @@ def rendered(text: str) -> str:
     sections = {
         "results": f"{digits_table(quality)}\n\n{onnx_table(quality)}",
         "methods": methods_table(json.loads(METHODS.read_text())),
+        "cifar10": cifar10_table(json.loads(CIFAR10_METHODS.read_text())),
         "ablations": ablations_table(json.loads(ABLATIONS.read_text())),
         "speed": speed_table(json.loads(CIFAR10.read_text())),
         "kernels": kernels_table(json.loads(KERNELS.read_text())),
