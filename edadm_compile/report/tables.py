@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from edadm_compile.ir.program import Program
 from edadm_compile.report.mixed_tables import print_mixed
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact
+from edadm_compile.runtime.shapes import text_of
 
 
 def console() -> Console:
@@ -39,6 +41,7 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
             {"name": s.name, "shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")}
             for s in signature.inputs
         ],
+        "shapes": [list(shape) for shape in artifact.shapes],
         "sampler": _sampler(artifact.lowered),
         "layers": rows,
         "totals": totals(rows),
@@ -58,6 +61,14 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
             )
         },
     }
+
+
+def print_shape(result: Mapping[str, Any]) -> None:
+    """Say which shape a result is about, for a file that has several."""
+    if len(result.get("shapes", ())) > 1:
+        named = [text_of(shape) for shape in result["shapes"]]
+        rest = "; ".join(name for name in named if name != text_of(result["shape"]))
+        console().print(f"shape {text_of(result['shape'])}; the file also has {rest} (--shape)", highlight=False)
 
 
 def print_inspect(report: dict[str, Any]) -> None:
@@ -108,6 +119,10 @@ def print_inspect(report: dict[str, Any]) -> None:
     )
     print_mixed(out, report["mixed_precision"], report["quality"])
     print_device(report["device"])
+    if len(report["shapes"]) > 1:
+        out.print(
+            f"shapes {'; '.join(map(text_of, report['shapes']))}; calibrated and measured at the first", highlight=False
+        )
     if report["quality"]:
         out.print(
             f"prediction SQNR against the float model {_db(report['quality']['sqnr'])}{_branches(report['quality'])}"
@@ -148,6 +163,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     size, weights = summary["bytes"], summary["weights"]
     table.add_row("method", f"{summary['method']} {summary['config']}, {summary['blocks']} blocks reconstructed")
     table.add_row("layers", ", ".join(f"{count} {width}" for width, count in summary["layers"].items()))
+    if len(summary["shapes"]) > 1:
+        table.add_row("shapes", f"{'; '.join(map(text_of, summary['shapes']))}; calibrated and measured at the first")
     table.add_row(
         "average weight width",
         f"{summary['average_weight_bits']:.2f} bits ({_chosen(summary)})",
