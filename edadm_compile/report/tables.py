@@ -118,7 +118,7 @@ def print_inspect(report: dict[str, Any]) -> None:
         f"weights of quantized layers {human(t['bytes'])}, {t['ratio_to_fp16']} of fp16; file {human(report['file_bytes'])}"
     )
     print_mixed(out, report["mixed_precision"], report["quality"])
-    print_device(report["device"])
+    print_device(report["device"], len(report["shapes"]))
     if len(report["shapes"]) > 1:
         out.print(
             f"shapes {'; '.join(map(text_of, report['shapes']))}; calibrated and measured at the first", highlight=False
@@ -188,7 +188,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     print_work(table, summary)
     out.print(table)
     print_mixed(out, summary["mixed_precision"], summary["sqnr_db"])
-    print_device(summary.get("device"))
+    print_device(summary.get("device"), len(summary["shapes"]))
     for name, reason in summary["float_layers"].items():
         out.print(f"float: {name}: {reason}", highlight=False)
     for note in summary["notes"]:
@@ -248,9 +248,12 @@ def print_launches(rows: list[dict[str, Any]], title: str) -> None:
     out.print(table)
 
 
-def print_device(device: dict[str, Any] | None) -> None:
-    """Print what GPU code a file holds."""
+def print_device(device: dict[str, Any] | None, shapes: int = 1) -> None:
+    """Print what GPU code a file with so many shapes holds."""
     out = console()
+    if device is None and shapes > 1:
+        out.print("no GPU code (it is made for files of one shape)", highlight=False)
+        return
     if device is None:
         out.print("no GPU code (add it with: edadm-compile target FILE --targets ...)", highlight=False)
         return

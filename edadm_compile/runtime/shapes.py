@@ -42,7 +42,7 @@ def not_compiled(asked: tuple[int, ...], shapes: list[tuple[int, ...]]) -> Input
     known = [text_of(shape) for shape in shapes]
     again = " ".join(f"--shape {name}" for name in [*known, text_of(asked)])
     return InputError(
-        f"shape {text_of(asked)} was not compiled; the file has {', '.join(known)}: take one of them, or compile again "
+        f"shape {text_of(asked)} was not compiled; the file has {'; '.join(known)}: take one of them, or compile again "
         f"with {again}"
     )
 
