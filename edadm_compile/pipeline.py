@@ -21,7 +21,7 @@ from edadm_compile.evaluate.compare import NoiseComparison, compare_noise
 from edadm_compile.frontend import Source
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
-from edadm_compile.ir.program import Program
+from edadm_compile.ir.program import Program, text_of
 from edadm_compile.ir.valueless import without_values
 from edadm_compile.kernels import reference as _reference  # registers the operators' meaning  # noqa: F401
 from edadm_compile.parallel.world import World, divided
@@ -40,7 +40,7 @@ from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
-from edadm_compile.passes.other_shapes import OtherShape, carry, compare, named
+from edadm_compile.passes.other_shapes import OtherShape, carry, compare
 from edadm_compile.passes.out_of_memory import memory_guard
 from edadm_compile.passes.reconstruct import Reconstruct
 from edadm_compile.passes.row_shares import check_divisible
@@ -156,10 +156,11 @@ def compare_shapes(source: Source, first: Program, config: QuantConfig, *, value
     for shape in source.other_shapes:
         try:
             program = capture(source.at(shape))
+            program = program if values else without_values(program)
+            program = run_passes(program, float_passes(), Context(config))
         except CaptureError as error:
-            raise CaptureError(f"--shape {named(shape)}: {error}") from error
-        program = program if values else without_values(program)
-        found.append(compare(first, run_passes(program, float_passes(), Context(config))))
+            raise CaptureError(f"--shape {text_of(shape)}: {error}") from error
+        found.append(compare(first, program))
     return found
 
 

@@ -134,8 +134,8 @@ def check_has_form(artifact: Artifact) -> None:
     """Refuse files that were compiled for ONNX Runtime, or for several shapes.
 
     Raises:
-        InputError: several shapes; or the program rounds every convolution's output to 8 bits; no GPU kernel does, and torch would do it
-            between the kernels, slower than the float model.
+        InputError: the file has several shapes, or the program rounds every convolution's output to 8 bits; no GPU kernel
+            does, and torch would do it between the kernels, slower than the float model.
     """
     check_one_shape(artifact)
     deploy = artifact.manifest.get("config", {}).get("deploy")

@@ -18,7 +18,7 @@ from edadm_compile.evaluate.activation_ranges import QUANTILES, RangeRecorder, q
 from edadm_compile.evaluate.metrics import finite
 from edadm_compile.evaluate.paired import Pairs, evaluation_seed, sample_pairs
 from edadm_compile.frontend import Source
-from edadm_compile.ir.program import Program
+from edadm_compile.ir.program import Program, text_of
 from edadm_compile.passes.base import Context, Progress, Silent, run_passes
 from edadm_compile.passes.layer_roles import annotate, apply_rules
 from edadm_compile.passes.sensitivity import MEASURE_LIMIT
@@ -26,7 +26,6 @@ from edadm_compile.pipeline import capture, float_passes
 from edadm_compile.report.tables import inspect_report
 from edadm_compile.runtime.artifact import Artifact
 from edadm_compile.runtime.engines import make_engine
-from edadm_compile.runtime.shapes import text_of
 
 #: Pairs of images of a report, and of one for a model above `MEASURE_LIMIT` parameters.
 PAIRS, PAIRS_LARGE = 16, 2

@@ -9,8 +9,8 @@ from typing import Any
 from edadm_compile.driver.options import shapes_of
 from edadm_compile.errors import ConfigError, InputError
 from edadm_compile.frontend import Source
+from edadm_compile.ir.program import text_of
 from edadm_compile.runtime.artifact import Artifact
-from edadm_compile.runtime.shapes import text_of
 
 
 def all_shapes(source: Source) -> list[list[int]]:

@@ -17,7 +17,7 @@ from edadm_compile.errors import InputError
 from edadm_compile.frontend.added_conditions import with_flat_conditions
 from edadm_compile.frontend.guidance import GuidanceOptions, check_null, guided_sampler
 from edadm_compile.ir.analysis import shapes_only
-from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature, text_of
 from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.passes.capture import export_module, pick_tensor
 from edadm_compile.passes.trace import trace
@@ -57,7 +57,7 @@ class Source:
         """
         seen = [self.signature.inputs[0].shape]
         for shape in shapes:
-            text = ",".join(map(str, shape))
+            text = text_of(shape)
             if self.module is None:
                 raise InputError(
                     f"--shape {text}: a torch.export archive holds the graph of one shape; for several give the module itself"

@@ -20,7 +20,7 @@ from edadm_compile.errors import CaptureError
 from edadm_compile.ir.analysis import propagate_shapes
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.ops import op_name
-from edadm_compile.ir.program import Program, Signature, get_constant
+from edadm_compile.ir.program import Program, Signature, get_constant, text_of
 from edadm_compile.ir.valueless import has_values
 from edadm_compile.passes.base import Context, finish, run_passes
 from edadm_compile.passes.lower import Lower
@@ -28,11 +28,6 @@ from edadm_compile.passes.lower import Lower
 Shape = tuple[int, ...]
 #: Where an argument is: "args" or "kwargs", then indices and names.
 Place = tuple[int | str, ...]
-
-
-def named(shape: Shape) -> str:
-    """``C,H,W`` as ``--shape`` takes it."""
-    return ",".join(map(str, shape))
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ def _refusal(shape: Shape, node: fx.Node, what: str) -> CaptureError:
     scope = node.meta.get("scope") or ()
     where = f" (in {scope[-1]})" if scope else ""
     return CaptureError(
-        f"--shape {named(shape)}: the network is another graph at this shape than at the first one, first at node "
+        f"--shape {text_of(shape)}: the network is another graph at this shape than at the first one, first at node "
         f"{node.name}{where}: {what}; compile a file for it alone"
     )
 
@@ -154,7 +149,7 @@ def _check_tables(first: Program, other: Program, shape: Shape) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or not _equal(ours[name], theirs[name]):
             raise CaptureError(
-                f"--shape {named(shape)}: what the network computes from the timestep alone depends on the shape (table "
+                f"--shape {text_of(shape)}: what the network computes from the timestep alone depends on the shape (table "
                 f"{name}); compile a file for it alone"
             )
 
@@ -186,7 +181,7 @@ def carry(qdq: Program, other: OtherShape, config: QuantConfig) -> tuple[Program
 
 def _lost(shape: Shape, name: str) -> CaptureError:
     return CaptureError(
-        f"--shape {named(shape)}: the quantization cannot be carried over: node {name} does not correspond to the float "
+        f"--shape {text_of(shape)}: the quantization cannot be carried over: node {name} does not correspond to the float "
         "model's; compile a file for this shape alone"
     )
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from edadm_compile.ir.program import text_of
 from edadm_compile.report.tables import console, human
-from edadm_compile.runtime.shapes import text_of
 
 
 def print_dry_run(plan: dict[str, Any]) -> None:

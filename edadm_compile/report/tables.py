@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from edadm_compile.errors import ArtifactError
-from edadm_compile.ir.program import Program
+from edadm_compile.ir.program import Program, text_of
 from edadm_compile.report.mixed_tables import print_mixed
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact
-from edadm_compile.runtime.shapes import text_of
 
 
 def console() -> Console:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from edadm_compile import notebook
 from edadm_compile.errors import InputError
-from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature, text_of
 from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.runtime.artifact import Artifact, read
 from edadm_compile.runtime.engines import Engine, make_engine
 from edadm_compile.runtime.limits import DEFAULT, Limits
 from edadm_compile.runtime.running import running
-from edadm_compile.runtime.shapes import not_compiled, text_of
+from edadm_compile.runtime.shapes import not_compiled
 
 
 @dataclass

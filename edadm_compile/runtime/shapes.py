@@ -6,12 +6,12 @@ differ, as ``[index, arguments, keyword arguments]``. Operators, constants and l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from edadm_compile.errors import ArtifactError, InputError
-from edadm_compile.ir.program import Program, Signature
+from edadm_compile.ir.program import Program, Signature, text_of
 from edadm_compile.runtime.limits import Limits
 from edadm_compile.runtime.signature_json import signature_from_json, signature_to_json
 
@@ -30,11 +30,6 @@ class Programs:
     def shape(self) -> tuple[int, ...]:
         """[C, H, W] of x."""
         return self.lowered.signature.inputs[0].shape
-
-
-def text_of(shape: Sequence[int]) -> str:
-    """``C,H,W`` as ``--shape`` takes it."""
-    return ",".join(map(str, shape))
 
 
 def not_compiled(asked: tuple[int, ...], shapes: list[tuple[int, ...]]) -> InputError:
