@@ -16,11 +16,13 @@ from edadm_compile.calibration.dataset import CalibrationSet
 from edadm_compile.calibration.given import CalibrationSamples
 from edadm_compile.callbacks import BlockFinished
 from edadm_compile.config import QuantConfig
+from edadm_compile.errors import CaptureError
 from edadm_compile.evaluate.compare import NoiseComparison, compare_noise
 from edadm_compile.frontend import Source
 from edadm_compile.ir.dialects import verify
 from edadm_compile.ir.footprint import MOST_BYTES, rows_at_once
-from edadm_compile.ir.program import Program
+from edadm_compile.ir.program import Program, text_of
+from edadm_compile.ir.valueless import without_values
 from edadm_compile.kernels import reference as _reference  # registers the operators' meaning  # noqa: F401
 from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.assign_widths import AssignWidths
@@ -39,6 +41,7 @@ from edadm_compile.passes.insert_quant import InsertQuant
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import MeanCorrection
 from edadm_compile.passes.mixed_widths import check_reachable
+from edadm_compile.passes.other_shapes import OtherShape, carry, compare
 from edadm_compile.passes.out_of_memory import memory_guard
 from edadm_compile.passes.reconstruct import Reconstruct
 from edadm_compile.passes.row_shares import check_divisible
@@ -98,6 +101,7 @@ class CompileResult:
         warnings: sentences about values that the result should not be trusted with unseen; each names a layer.
         restored: seconds that earlier runs spent on what this one took from checkpoints, by stage.
         computed_with: what the last bits depend on besides inputs and versions (`edadm_compile.passes.checkpoint.machine`).
+        others: qdq and lowered program of each further shape, with the constants of the first.
     """
 
     qdq: Program
@@ -113,6 +117,7 @@ class CompileResult:
     warnings: list[str] = field(default_factory=list)
     restored: dict[str, float] = field(default_factory=dict)
     computed_with: dict[str, str] = field(default_factory=dict)
+    others: tuple[tuple[Program, Program], ...] = ()
 
     def __repr__(self) -> str:
         quality = "not measured" if self.quality is None else f"{self.quality.sqnr:.1f} dB"
@@ -137,6 +142,27 @@ def capture(source: Source) -> Program:
     exported, signature = source.export()
     program = trace(exported, signature, source.sampler, source.module, source.fixed)
     return program
+
+
+def compare_shapes(source: Source, first: Program, config: QuantConfig, *, values: bool = True) -> list[OtherShape]:
+    """Capture a source at its further shapes; what they change in its float program `first`.
+
+    Args:
+        values: compare the values of large constants too.
+
+    Raises:
+        CaptureError: the network cannot be captured at a shape, or is another graph there.
+    """
+    found = []
+    for shape in source.other_shapes:
+        try:
+            program = capture(source.at(shape))
+            program = program if values else without_values(program)
+            program = run_passes(program, float_passes(), Context(config))
+        except CaptureError as error:
+            raise CaptureError(f"--shape {text_of(shape)}: {error}") from error
+        found.append(compare(first, program))
+    return found
 
 
 def compile_source(
@@ -186,6 +212,7 @@ def compile_source(
     check_rules(program, config)
     check_reachable(program, config)
     check_divisible(program, ctx)
+    changes = compare_shapes(source, program, config)
     ctx.checkpoints.begin(program)
     clock.mark("capture")
     ctx.progress.stage("calibration samples", _evaluations(program, config))
@@ -200,6 +227,7 @@ def compile_source(
             qdq = result
         clock.mark(item.name)
     verify(qdq)
+    others = tuple(carry(qdq, change, config) for change in changes)
     measured = _measured(program, result, source, ctx) if quality else None
     clock.mark("quality")
     counts = ctx.calibration.allocation.counts.tolist()
@@ -209,7 +237,7 @@ def compile_source(
         restored[stage] = restored.get(stage, 0.0) + spent
     return CompileResult(
         qdq, result, config, ctx.stats, seconds, measured, counts, source.parameter_bytes(), source.provenance(),
-        ctx.calibration.selection(), ctx.all_warnings(), restored, machine(),
+        ctx.calibration.selection(), ctx.all_warnings(), restored, machine(), others,
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def bench(
     from edadm_compile.driver import bench as driver
     from edadm_compile.report import bench_tables
     from edadm_compile.report import progress as bars
+    from edadm_compile.report.tables import print_shape
 
     wanted = driver.Options(driver.parse_batches(batch), repeats, kernels)
     with bars.reporter(quiet, verbose) as progress:
@@ -43,4 +44,5 @@ def bench(
     if as_json:
         print_json(result)
     else:
+        print_shape(result)
         bench_tables.print_bench(result)

@@ -13,10 +13,10 @@ from edadm_compile.cli.options import (
     OneOf,
     device_options,
     guarded,
+    model_options,
     output_options,
     print_json,
     sampler_options,
-    source_options,
     stopping_on_sigterm,
     work_options,
 )
@@ -87,7 +87,7 @@ def bits_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     "--config", "config_file", type=FILE, metavar="FILE.toml", help="Settings file; options on the command line win."
 )
 @device_options
-@source_options
+@model_options
 @sampler_options
 @work_options
 @click.option("--report", type=FILE, metavar="FILE.html", help="Also write a page about the result.")

@@ -39,6 +39,7 @@ def evaluate(artifact: Path, reference: Path, quiet: bool, verbose: bool, as_jso
     from edadm_compile.parallel.launch import processes
     from edadm_compile.report import evaluate_tables as tables
     from edadm_compile.report import progress as bars
+    from edadm_compile.report.tables import print_shape
 
     wanted = driver.Options(**{name: options.pop(name) for name in driver.Options.__dataclass_fields__})
     with processes() as world:
@@ -47,5 +48,6 @@ def evaluate(artifact: Path, reference: Path, quiet: bool, verbose: bool, as_jso
         if as_json and world.leads:
             print_json(result)
         elif world.leads:
+            print_shape(result)
             tables.print_evaluation(result)
         driver.check(result)

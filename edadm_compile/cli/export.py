@@ -38,11 +38,14 @@ def export(artifact: Path, output: Path | None, quiet: bool, verbose: bool, as_j
     from edadm_compile.driver import export as driver
     from edadm_compile.report import export_tables as tables
     from edadm_compile.report import progress as bars
+    from edadm_compile.report.tables import print_shape
 
     suffix = "" if options["layout"] == "diffusers" else ".onnx"
     with bars.reporter(quiet, verbose) as progress:
-        result = driver.run(artifact, output or artifact.with_suffix(suffix), progress=progress, **options)
+        place = output or driver.default_output(artifact, artifact.with_suffix(suffix), options)
+        result = driver.run(artifact, place, progress=progress, **options)
     if as_json:
         print_json(result)
     elif not quiet:
+        print_shape(result)
         tables.print_export(result)

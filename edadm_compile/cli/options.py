@@ -130,13 +130,39 @@ def _one_shape(ctx: click.Context, param: click.Parameter, given: tuple[str, ...
     """The one value; of several, none would be left out unsaid."""
     if len(given) > 1:
         raise click.BadParameter(
-            f"got {len(given)} shapes ({' and '.join(given)}), a file holds one; compile one file for each", ctx, param
+            f"got {len(given)} shapes ({' and '.join(given)}), {ctx.info_name} takes one at a time; run it once for each",
+            ctx,
+            param,
         )
     return given[0] if given else None
 
 
+_SHAPE = click.option(
+    "--shape",
+    metavar="C,H,W",
+    multiple=True,
+    callback=_one_shape,
+    help="Input shape when it cannot be inferred; of a file with several, the one to take (default: the first).",
+)
+_SHAPES = click.option(
+    "--shape",
+    metavar="C,H,W",
+    multiple=True,
+    help="Input shape when it cannot be inferred. Repeated: further shapes that the file is for, quantized as the first.",
+)
+
+
 def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say how to load a model; shared by every verb that takes one."""
+    return _source_options(function, _SHAPE)
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a model that is compiled, maybe for several shapes."""
+    return _source_options(function, _SHAPES)
+
+
+def _source_options(function: Callable[..., Any], shape: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--trust-pickle", is_flag=True, help="Open a pickled module. It can run any code: only for files you made."
@@ -168,13 +194,7 @@ def source_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--scheduler", type=FILE, metavar="FILE.json", help="diffusers scheduler_config.json of the sampler."
         ),
-        click.option(
-            "--shape",
-            metavar="C,H,W",
-            multiple=True,
-            callback=_one_shape,
-            help="Input shape when it cannot be inferred.",
-        ),
+        shape,
     ):
         function = option(function)
     return function

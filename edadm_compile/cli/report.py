@@ -29,10 +29,12 @@ def report(artifact: Path, output: Path | None, quiet: bool, verbose: bool, as_j
     from edadm_compile.driver import report as driver
     from edadm_compile.report import progress as bars
     from edadm_compile.report import report_lines
+    from edadm_compile.report.tables import print_shape
 
     with bars.reporter(quiet, verbose) as progress:
         result = driver.run(artifact, output or artifact.with_suffix(".html"), progress=progress, **options)
     if as_json:
         print_json(result)
     elif not quiet:
+        print_shape(result)
         report_lines.print_report(result)

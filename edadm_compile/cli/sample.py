@@ -31,6 +31,7 @@ def sample(artifact: Path, quiet: bool, verbose: bool, as_json: bool, **options:
     from edadm_compile.driver import sample as driver
     from edadm_compile.parallel.launch import processes
     from edadm_compile.report import progress as bars
+    from edadm_compile.report.tables import print_shape
 
     with processes() as world, bars.reporter(quiet or not world.leads, verbose) as progress:
         result = driver.run(artifact, progress=progress, world=world, **options)
@@ -39,4 +40,5 @@ def sample(artifact: Path, quiet: bool, verbose: bool, as_json: bool, **options:
     if as_json:
         print_json(result)
     elif not quiet:
+        print_shape(result)
         driver.print_result(result)

@@ -25,11 +25,13 @@ def verify(artifact: Path, quiet: bool, verbose: bool, as_json: bool, **options:
     """
     from edadm_compile.driver import verify as driver
     from edadm_compile.report import progress as bars
+    from edadm_compile.report.tables import print_shape
 
     with bars.reporter(quiet, verbose) as progress:
         result = driver.run(artifact, progress=progress, **options)
     if as_json:
         print_json(result)
     else:
+        print_shape(result)
         driver.print_result(result)
     driver.check(result)

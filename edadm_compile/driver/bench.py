@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edadm_compile.driver import bench_inputs
+from edadm_compile.driver import bench_inputs, shapes
 from edadm_compile.driver.bench_inputs import Truth, plan_note
 from edadm_compile.driver.contenders import (
     Contender,
@@ -77,12 +77,14 @@ def run(
     Raises:
         EdadmError: files that cannot be used, a GPU without code in the file, or results that are wrong.
     """
-    loaded = read(artifact)
+    whole = read(artifact)
+    loaded, source_options = shapes.choose(whole, source_options)
     source = None
     if baseline is not None:
         source = load_source(baseline, load_options(source_options, loaded.lowered.sampler))
         same_inputs(source, loaded, "--baseline")
-    return measure(artifact, loaded, source, options, pick_device(device), progress)
+    result = measure(artifact, loaded, source, options, pick_device(device), progress)
+    return {**shapes.told(whole, loaded), **result}
 
 
 def measure(

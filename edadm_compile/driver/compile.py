@@ -16,9 +16,10 @@ from edadm_compile.calibration.given import CalibrationSamples
 from edadm_compile.callbacks import Dispatcher, Receiver
 from edadm_compile.config import PRESETS, QuantConfig, from_dict, load_config
 from edadm_compile.driver import report as reports
+from edadm_compile.driver import shapes
 from edadm_compile.driver.device_code import DEFAULT_BATCHES, DeviceOptions, build, fitted, options_of
 from edadm_compile.driver.fingerprint import inputs_of
-from edadm_compile.driver.options import guidance_options, load_options
+from edadm_compile.driver.options import guidance_options, load_options, shapes_of
 from edadm_compile.driver.outputs import check_writable
 from edadm_compile.driver.session import LOG, WorkOptions, default_folder, memory_limit, session
 from edadm_compile.errors import ArtifactError, ConfigError, InputError, ParallelError
@@ -37,6 +38,7 @@ from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.report.versions import versions
 from edadm_compile.runtime.artifact import Artifact, write
 from edadm_compile.runtime.atomic import sweep
+from edadm_compile.runtime.shapes import Programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +136,10 @@ def prepare(request: Request, world: World) -> tuple[QuantConfig, DeviceOptions,
     config = make_config(request.options, request.config_file)
     # A file for ONNX Runtime has no GPU form: code is made for it only where asked for, and then refused.
     targets = "none" if config.deploy and request.targets is None else request.targets
+    targets = shapes.targets_for(request.options, targets, request.say if world.leads else lambda sentence: None)
     device_code = options_of(targets, request.batch, request.store)
     _check_device_code(config, device_code)
+    shapes.check_targets(len(shapes_of(request.options)), device_code.targets)
     loading = load_options(request.options)
     eta = request.options.get("eta") or 0.0
     source = load_source(
@@ -201,7 +205,8 @@ def compile_model(
         world: the processes that compile together, from `edadm_compile.parallel.launch.processes`; the first one writes,
             and none keeps a `workdir`.
         options: for a path, fields of `edadm_compile.frontend.LoadOptions`; for a module, keywords of
-            `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance).
+            `edadm_compile.frontend.source_from_module` (shape, conditions, num_classes, fixed, guidance). With
+            other_shapes, either way, the file is for these shapes of x too.
 
     Raises:
         EdadmError: see `edadm_compile.errors`.
@@ -219,6 +224,7 @@ def compile_model(
     config = config or QuantConfig()
     device_code = DeviceOptions(parse_targets(targets), tuple(batches)) if output is not None else DeviceOptions(())
     _check_device_code(config, device_code)
+    shapes.check_targets(len(shapes.all_shapes(source)), device_code.targets)
     if report is not None:
         if output is None:
             raise InputError("compile_model: report is about a file; give output= as well")
@@ -296,7 +302,9 @@ def to_artifact(result: CompileResult, device: Bundle | None = None) -> Artifact
             **({"triton": triton_version()} if device is not None else {}),
         },
     }
-    return Artifact(result.qdq, result.lowered, manifest, device)
+    return Artifact(
+        result.qdq, result.lowered, manifest, device, tuple(Programs(*programs) for programs in result.others)
+    )
 
 
 def _sensitivity(found: dict[str, float | None] | None) -> dict[str, float] | None:
@@ -315,6 +323,7 @@ def summary(result: CompileResult, source: Source, output: Path, size: int) -> d
     return {
         "output": str(output),
         "model": source.provenance(),
+        "shapes": shapes.all_shapes(source),
         "config": result.config.name,
         "method": result.config.method,
         "layers": dict(sorted(widths.items())),

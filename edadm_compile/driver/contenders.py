@@ -73,7 +73,7 @@ def our_contenders(path: Path, device: str, program: Program) -> list[Contender]
 
     def build(engine: str) -> Callable[[], Predict]:
         def make() -> Predict:
-            model: CompiledModel = load(path, device, engine)
+            model: CompiledModel = load(path, device, engine, shape=program.signature.inputs[0].shape)
             return model.predict
 
         return make

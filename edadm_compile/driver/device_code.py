@@ -11,6 +11,7 @@ import torch
 
 from edadm_compile.driver.options import parse_batches
 from edadm_compile.driver.outputs import check_writable
+from edadm_compile.driver.shapes import check_one_shape
 from edadm_compile.errors import ConfigError, InputError
 from edadm_compile.ir.program import Program
 from edadm_compile.kernels import aot
@@ -132,12 +133,13 @@ def build(program: Program, options: DeviceOptions, progress: Progress) -> Bundl
 
 
 def check_has_form(artifact: Artifact) -> None:
-    """Refuse files that were compiled for ONNX Runtime.
+    """Refuse files that were compiled for ONNX Runtime, or for several shapes.
 
     Raises:
-        InputError: the program rounds every convolution's output to 8 bits; no GPU kernel does, and torch would do it
-            between the kernels, slower than the float model.
+        InputError: the file has several shapes, or the program rounds every convolution's output to 8 bits; no GPU kernel
+            does, and torch would do it between the kernels, slower than the float model.
     """
+    check_one_shape(artifact)
     deploy = artifact.manifest.get("config", {}).get("deploy")
     if deploy is not None:
         raise InputError(

@@ -18,6 +18,7 @@ from edadm_compile.driver.fingerprint import inputs_of
 from edadm_compile.driver.memory_estimate import Sampled, memory_estimate
 from edadm_compile.driver.outline import Outline, make_outline
 from edadm_compile.driver.session import computing_with, memory_limit
+from edadm_compile.driver.shapes import all_shapes
 from edadm_compile.driver.time_estimate import measure_machine, time_estimate, without_done
 from edadm_compile.driver.workdir import earlier_stages
 from edadm_compile.evaluate.compare import NoiseComparison
@@ -106,6 +107,7 @@ def estimate(
         "config": config.name,
         "method": config.method,
         "parameters": source.parameters(),
+        "shapes": all_shapes(source),
         "nodes": outline.captured,
         "layers": dict(sorted(widths.items())),
         "kinds": {name: dict(sorted(found.items())) for name, found in kinds.items()},
@@ -163,7 +165,7 @@ def _result(source: Source, outline: Outline, config: QuantConfig, sampled: Samp
     selection = {"timesteps": scores, "density": scores, "diversity": scores, "radius": _LOSS}
     return CompileResult(
         outline.qdq, outline.lowered, config, stats, {}, quality, counts, source.parameter_bytes(), source.provenance(),
-        selection, computed_with=machine(),
+        selection, computed_with=machine(), others=outline.others,
     )  # fmt: skip
 
 

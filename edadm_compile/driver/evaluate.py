@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edadm_compile.calibration import sampler
 from edadm_compile.callbacks import Dispatcher, Receiver
-from edadm_compile.driver import evaluate_measures, evaluate_sets
+from edadm_compile.driver import evaluate_measures, evaluate_sets, shapes
 from edadm_compile.driver.evaluate_sets import Judges, find_judges
 from edadm_compile.driver.image_data import open_data
 from edadm_compile.driver.options import load_options
@@ -28,7 +28,8 @@ from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.base import Progress, Silent
-from edadm_compile.runtime.session import CompiledModel, load
+from edadm_compile.runtime.artifact import read
+from edadm_compile.runtime.session import CompiledModel, from_artifact
 
 #: Keywords of `evaluate_model` that say how to load the float model.
 _SOURCE_OPTIONS = ("shape", "scheduler", "steps", "conditions", "factory", "trust_pickle",
@@ -88,7 +89,10 @@ def run(
     progress = progress or Silent()
     limits = gates.parse(wanted.fail_below, "--fail-below") + gates.parse(wanted.fail_above, "--fail-above")
     _check_numbers(wanted)
-    model = load(artifact, device="cuda" if wanted.engine == "cuda" else "cpu", engine=wanted.engine)
+    device = "cuda" if wanted.engine == "cuda" else "cpu"
+    whole = read(artifact, device_code=device != "cpu")
+    chosen, options = shapes.choose(whole, options)
+    model = from_artifact(chosen, device, wanted.engine)
     shape = model.signature.inputs[0].shape
     data = None if wanted.data is None else open_data(wanted.data, shape)
     spec = chosen_sampler(model, options)
@@ -106,7 +110,7 @@ def run(
     return {
         "artifact": str(artifact), "reference": str(reference), "same_model": same_model(source, model.artifact),
         "engine": model.engine_name, "scheduler": spec.scheduler["_class_name"], "steps": spec.steps,
-        "count": wanted.count, "batch": wanted.batch, "seed": wanted.seed, "shape": list(shape),
+        **shapes.told(whole, chosen), "count": wanted.count, "batch": wanted.batch, "seed": wanted.seed, "shape": list(shape),
         "data": None if data is None else {"path": str(data.path), "images": len(data)},
         "features": None if judges.extractor is None else str(judges.extractor.path),
         "noise": evaluate_measures.noise(pairs), "images": images, "distances": distances,

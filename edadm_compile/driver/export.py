@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edadm_compile.calibration import guidance, sampler
 from edadm_compile.callbacks import Dispatcher, Receiver
+from edadm_compile.driver import shapes
 from edadm_compile.driver.options import condition_options, load_options
 from edadm_compile.errors import ContractError, ExportError, InputError
 from edadm_compile.evaluate.compare import compare_noise
@@ -73,7 +74,8 @@ def run(
             "--int4: TensorRT takes INT4 constants in blocks of weight-only products alone; export INT8 for it"
         )
     path = _place(output, layout)
-    loaded = read(artifact)
+    whole = read(artifact)
+    loaded, options = shapes.choose(whole, options)
     config = _diffusers_config(loaded) if layout == "diffusers" else None
     progress.stage("graph", None)
     exported = convert(loaded.qdq, target(onnx_target), int4=int4, scalar_time=layout == "diffusers")
@@ -86,7 +88,7 @@ def run(
     }  # fmt: skip
     describe(exported.model, **facts)
     result: dict[str, Any] = {
-        "output": str(path), "target": onnx_target, "what": exported.target.what, "int4": int4,
+        "output": str(path), **shapes.told(whole, loaded), "target": onnx_target, "what": exported.target.what, "int4": int4,
         "output_scales": facts["output_scales"], "weights": stored_weights(exported), "notes": _notes(exported.prepared, onnx_target), "check": None,
     }  # fmt: skip
     if check:
@@ -102,6 +104,16 @@ def run(
     result["files"] = {str(p): p.stat().st_size for p in written}
     result["bytes"] = sum(result["files"].values())
     return result
+
+
+def default_output(artifact: Path, name: Path, options: dict[str, Any]) -> Path:
+    """Where an export goes without ``-o``: `name`, with the size in it where the file has several shapes.
+
+    Raises:
+        EdadmError: an unreadable file, or a ``--shape`` that was not compiled.
+    """
+    loaded = read(artifact)
+    return shapes.sized(name, loaded, shapes.choose(loaded, options)[0])
 
 
 def export_onnx(

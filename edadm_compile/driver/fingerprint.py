@@ -34,9 +34,10 @@ def inputs_of(source: Source, config: QuantConfig, given: CalibrationSamples | N
     """
     sampler = source.sampler
     null = {f"null_{i}": _sha(value) for i, value in enumerate(sampler.null) if value is not None}
-    inputs = {
+    inputs: dict[str, Any] = {
         "model": {"sha256": source.origin.get("sha256", "in memory"), "class": source.signature.source},
         "inputs": {spec.name: f"{list(spec.shape)} {spec.dtype}" for spec in source.signature.inputs},
+        **({"other_shapes": [list(shape) for shape in source.other_shapes]} if source.other_shapes else {}),
         "scheduler": sampler.scheduler,
         "sampler": {"steps": sampler.steps, "eta": sampler.eta, "guidance": sampler.guidance, **null},
         "conditions": {name: _sha(value) for name, value in sorted(source.conditions.items())},

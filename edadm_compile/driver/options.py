@@ -16,9 +16,10 @@ def load_options(options: dict[str, Any], known_sampler: SamplerSpec | None = No
     Raises:
         InputError: a malformed ``--shape``.
     """
-    shape = options.get("shape")
+    shapes = shapes_of(options)
     return LoadOptions(
-        shape=None if shape is None else parse_shape(shape),
+        shape=shapes[0] if shapes else None,
+        other_shapes=shapes[1:],
         scheduler=options.get("scheduler"),
         steps=options.get("steps"),
         conditions=options.get("conditions"),
@@ -56,6 +57,16 @@ def condition_options(options: dict[str, Any], place: Path | None, signature: Si
 def guidance_options(options: dict[str, Any]) -> GuidanceOptions:
     """Options that say what guidance a sampler uses."""
     return GuidanceOptions(options.get("guidance"), options.get("null_label"), options.get("uncond"))
+
+
+def shapes_of(options: dict[str, Any]) -> tuple[tuple[int, int, int], ...]:
+    """Every ``--shape``, in order: a text, or several where a verb takes several.
+
+    Raises:
+        InputError: a malformed one.
+    """
+    given = options.get("shape") or ()
+    return tuple(parse_shape(text) for text in ((given,) if isinstance(given, str) else given))
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

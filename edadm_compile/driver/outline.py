@@ -28,9 +28,10 @@ from edadm_compile.passes.layer_roles import annotate, apply_rules, quantized_la
 from edadm_compile.passes.lower import Lower
 from edadm_compile.passes.mean_correction import add_table
 from edadm_compile.passes.mixed_widths import check_reachable, measurable
+from edadm_compile.passes.other_shapes import carry
 from edadm_compile.passes.row_shares import check_divisible
 from edadm_compile.passes.rule_check import check_rules
-from edadm_compile.pipeline import capture, float_passes
+from edadm_compile.pipeline import capture, compare_shapes, float_passes
 
 #: Stand-ins of typical length for what only calibration finds; they are text in the file.
 _SCALE, _ZERO_POINT = 0.03142, -17
@@ -49,6 +50,7 @@ class Outline:
         measured: whether measurement decides which layers get 8-bit weights; here the smallest ones have them.
         average_bits: of the weights.
         original: names of the constants of the graph as it was captured.
+        others: qdq and lowered program of each further shape.
     """
 
     captured: int
@@ -60,6 +62,7 @@ class Outline:
     measured: bool
     average_bits: float
     original: frozenset[str]
+    others: tuple[tuple[Program, Program], ...] = ()
 
 
 def make_outline(
@@ -78,6 +81,7 @@ def make_outline(
     check_rules(floats, config)
     check_reachable(floats, config)
     check_divisible(floats, ctx)
+    changes = compare_shapes(source, floats, config, values=False)
     measured = _is_measured(floats, config)
     annotated = floats.fork()
     if measured:
@@ -95,7 +99,8 @@ def make_outline(
     qdq = run_passes(corrected, [Freeze()], ctx)
     lowered = run_passes(qdq, [Lower()], ctx)
     units = find_units(quantized, config.reconstruction.max_layers)
-    return Outline(captured, floats, quantized, units, qdq, lowered, measured, bits, original)
+    others = tuple(carry(qdq, change, config) for change in changes)
+    return Outline(captured, floats, quantized, units, qdq, lowered, measured, bits, original, others)
 
 
 def _is_measured(floats: Program, config: QuantConfig) -> bool:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from edadm_compile.driver import shapes
 from edadm_compile.driver.options import load_options
 from edadm_compile.driver.report_facts import Subject, gather
 from edadm_compile.errors import ArtifactError, InputError
@@ -41,16 +42,16 @@ def run(
         EdadmError: unreadable files, a reference with other inputs, or a folder that cannot be written.
     """
     check(output, data)
-    loaded = read(artifact)
+    whole = read(artifact)
+    loaded, options = shapes.choose(whole, options)
     source = None
     if reference is not None:
         source = load_source(reference, load_options(options, loaded.lowered.sampler))
     content = artifact.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     name = "" if reference is None else reference.name
-    return write(
-        Subject(loaded, artifact.name, len(content), digest, source, name), output, count, seed, data, progress
-    )
+    subject = Subject(loaded, artifact.name, len(content), digest, source, name, shapes=tuple(whole.shapes))
+    return {**shapes.told(whole, loaded), **write(subject, output, count, seed, data, progress)}
 
 
 def after_compile(
@@ -63,9 +64,11 @@ def after_compile(
     """
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    artifact = read(path)  # what is in the file, not what was meant to be in it
+    whole = read(path)  # what is in the file, not what was meant to be in it
+    artifact = whole.at(whole.shapes[0])
     name = str(source.origin.get("file", source.signature.source))
-    return write(Subject(artifact, path.name, len(content), digest, source, name, seconds), output, progress=progress)
+    subject = Subject(artifact, path.name, len(content), digest, source, name, seconds, tuple(whole.shapes))
+    return write(subject, output, progress=progress)
 
 
 def write(

@@ -18,7 +18,7 @@ from edadm_compile.evaluate.activation_ranges import QUANTILES, RangeRecorder, q
 from edadm_compile.evaluate.metrics import finite
 from edadm_compile.evaluate.paired import Pairs, evaluation_seed, sample_pairs
 from edadm_compile.frontend import Source
-from edadm_compile.ir.program import Program
+from edadm_compile.ir.program import Program, text_of
 from edadm_compile.passes.base import Context, Progress, Silent, run_passes
 from edadm_compile.passes.layer_roles import annotate, apply_rules
 from edadm_compile.passes.sensitivity import MEASURE_LIMIT
@@ -44,6 +44,8 @@ class Subject:
         source: the float model; None where none was given.
         reference: name of its file.
         seconds: of each stage of the compilation; None for a report that was made later.
+        shapes: [C, H, W] of x for every shape in the file, of which `artifact` is one; the first is the one that was
+            calibrated and measured. Empty: that of `artifact` alone.
     """
 
     artifact: Artifact
@@ -53,6 +55,7 @@ class Subject:
     source: Source | None = None
     reference: str = ""
     seconds: dict[str, float] | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def gather(
@@ -84,10 +87,22 @@ def gather(
         "reference": None, "samples": None, "ranges": None, "noise": None,
     }  # fmt: skip
     facts |= _recorded(loaded)
+    if len(subject.shapes) > 1:
+        facts["shapes"] = [list(shape) for shape in subject.shapes]
+        facts["notes"].append(_about(subject))
     if subject.source is not None:
         facts |= _compared(subject, count, seed, progress)
     facts["missing"] = _missing(facts)
     return dict(finite(facts))
+
+
+def _about(subject: Subject) -> str:
+    """Which of the shapes of a file the page is about, and which one the record of the compilation."""
+    shape, first = subject.artifact.shapes[0], subject.shapes[0]
+    measured = "" if shape == first else f"; what was recorded while compiling is of {text_of(first)}"
+    return f"figures of this page are for {text_of(shape)}, one of {len(subject.shapes)} shapes in the file: " + (
+        f"{'; '.join(map(text_of, subject.shapes))}{measured}"
+    )
 
 
 def _recorded(loaded: Artifact) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from edadm_compile.calibration.guidance import labels_in_turn
 from edadm_compile.calibration.sampler import draw_conditions, draw_noise, make_scheduler, read_scheduler, timesteps
 from edadm_compile.calibration.sampler import sample as run_sampler
+from edadm_compile.driver import shapes
 from edadm_compile.driver.options import condition_options, guidance_options, load_options
 from edadm_compile.driver.outputs import check_writable
 from edadm_compile.errors import InputError
@@ -23,8 +24,8 @@ from edadm_compile.ir.program import SamplerSpec, Signature
 from edadm_compile.parallel.world import World, divided
 from edadm_compile.passes.base import Progress, Silent
 from edadm_compile.report.tables import console
-from edadm_compile.runtime.artifact import write_atomically
-from edadm_compile.runtime.session import CompiledModel, load
+from edadm_compile.runtime.artifact import read, write_atomically
+from edadm_compile.runtime.session import CompiledModel, from_artifact
 
 _BATCH = 64
 
@@ -60,7 +61,9 @@ def run(
     world = world or World()
     if world.leads:
         check_writable(output)
-    model = load(artifact, engine=engine)
+    whole = read(artifact, device_code=False)
+    chosen, options = shapes.choose(whole, options)
+    model = from_artifact(chosen, engine=engine)
     place = options.get("pipeline") or reference
     decoder = Decoder(vae or find_autoencoder(place)) if decode or vae is not None else None
     text = condition_options(options, place, model.signature)
@@ -72,6 +75,7 @@ def run(
     images = images if decoder is None else decoder(images)
     result: dict[str, Any] = {"output": str(output), "count": count, "steps": spec.steps, "engine": model.engine_name,
                               "scheduler": spec.scheduler["_class_name"], "guidance": spec.guidance}  # fmt: skip
+    result |= shapes.told(whole, chosen)
     rows = [images]
     if reference is not None:
         source = load_source(reference, dataclasses.replace(load_options(options, spec), known_conditions=text))

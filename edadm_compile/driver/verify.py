@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edadm_compile.calibration import guidance, sampler
 from edadm_compile.config import QuantConfig
+from edadm_compile.driver import shapes
 from edadm_compile.driver.options import load_options
 from edadm_compile.errors import ArtifactError, ContractError, InputError
 from edadm_compile.evaluate import contract
@@ -48,13 +49,15 @@ def run(
         EdadmError: unreadable files, or a reference with other inputs.
     """
     progress = progress or Silent()
-    loaded = read(artifact)
+    whole = read(artifact)
+    loaded, options = shapes.choose(whole, options)
     progress.stage("float model", None)
     source = load_source(reference, load_options(options, loaded.lowered.sampler))
     same_inputs(source, loaded)
     with running(f"{artifact} cannot be compared with its reference"):
         result = compare(loaded, reference_of(source, loaded, count, seed), seed, progress)
-    return {"artifact": str(artifact), "reference": str(reference), **result}
+    about = shapes.told(whole, loaded)
+    return {"artifact": str(artifact), "reference": str(reference), **about, **result}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ class LoadOptions:
         known_conditions: used in place of `conditions` and `prompts`.
         known_sampler: used when neither the options nor the files beside the model give one (a compiled model's).
         guidance: scale and unconditional branch of classifier-free guidance.
+        other_shapes: further [C, H, W] of x to compile for.
     """
 
     shape: tuple[int, int, int] | None = None
@@ -57,6 +58,7 @@ class LoadOptions:
     known_conditions: Encoded | None = None
     known_sampler: SamplerSpec | None = None
     guidance: GuidanceOptions | None = None
+    other_shapes: tuple[tuple[int, int, int], ...] = ()
 
 
 def load_source(path: Path, options: LoadOptions | None = None) -> Source:
@@ -66,7 +68,7 @@ def load_source(path: Path, options: LoadOptions | None = None) -> Source:
         InputError: what the file is, why it cannot be used, and what to do.
     """
     options = options or LoadOptions()
-    source = _load(path, options)
+    source = _load(path, options).with_other_shapes(options.other_shapes)
     return source if options.guidance is None else source.guided(options.guidance)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ from edadm_compile.errors import InputError
 from edadm_compile.frontend.added_conditions import with_flat_conditions
 from edadm_compile.frontend.guidance import GuidanceOptions, check_null, guided_sampler
 from edadm_compile.ir.analysis import shapes_only
-from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature, text_of
 from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.passes.capture import export_module, pick_tensor
 from edadm_compile.passes.trace import trace
@@ -36,6 +36,7 @@ class Source:
         conditions: the user's condition tensors by name, rows to draw calibration conditions from.
         null: rows [1, ...] of the unconditional branch, where they came with the conditions (those of the empty prompt).
         origin: file name, hash and class, for the artifact.
+        other_shapes: further [C, H, W] of x that the quantization of the first one is carried over to.
     """
 
     signature: Signature
@@ -46,6 +47,36 @@ class Source:
     conditions: dict[str, Tensor] = field(default_factory=dict)
     null: dict[str, Tensor] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    other_shapes: tuple[tuple[int, ...], ...] = ()
+
+    def with_other_shapes(self, shapes: Sequence[tuple[int, ...]]) -> Source:
+        """The same model, to be compiled for further shapes of x too.
+
+        Raises:
+            InputError: a shape that is there already or has other channels, or a graph that was captured elsewhere.
+        """
+        seen = [self.signature.inputs[0].shape]
+        for shape in shapes:
+            text = text_of(shape)
+            if self.module is None:
+                raise InputError(
+                    f"--shape {text}: a torch.export archive holds the graph of one shape; for several give the module itself"
+                )
+            if tuple(shape) in seen:
+                raise InputError(f"--shape {text} is given twice; each shape of a file once")
+            if len(shape) != len(seen[0]) or shape[0] != seen[0][0]:
+                raise InputError(
+                    f"--shape {text}: got {shape[0]} channels, the first shape has {seen[0][0]}; shapes of one file differ in "
+                    "height and width"
+                )
+            seen.append(tuple(shape))
+        return replace(self, other_shapes=tuple(seen[1:]))
+
+    def at(self, shape: tuple[int, ...]) -> Source:
+        """The same model with x of another shape [C, H, W], and no further ones."""
+        x, *others = self.signature.inputs
+        signature = replace(self.signature, inputs=(replace(x, shape=shape), *others))
+        return replace(self, signature=signature, other_shapes=())
 
     def export(self) -> tuple[ExportedProgram, Signature]:
         """The exported program and the signature with its batch limits."""
@@ -120,6 +151,7 @@ def source_from_module(
     fixed: dict[str, Any] | None = None,
     origin: dict[str, Any] | None = None,
     guidance: GuidanceOptions | None = None,
+    other_shapes: Sequence[tuple[int, int, int]] = (),
 ) -> Source:
     """Wrap an eager module called as ``forward(x, t, *conditions)``.
 
@@ -128,6 +160,7 @@ def source_from_module(
         conditions: example condition tensors [N, ...] by forward parameter name.
         num_classes: label conditions by name, drawn at random.
         guidance: scale and unconditional branch of classifier-free guidance.
+        other_shapes: further [C, H, W] of x to compile for.
 
     Raises:
         InputError: something that cannot be inferred was not given.
@@ -148,6 +181,7 @@ def source_from_module(
     inputs[1] = _timestep_spec(module, inputs, fixed or {}, fractional_timestep(sampler))
     signature = Signature(tuple(inputs), output, max_batch=1, source=type(module).__name__)
     source = Source(signature, sampler, module, None, fixed or {}, conditions, origin=origin or {})
+    source = source.with_other_shapes(other_shapes)
     return source if guidance is None else source.guided(guidance)
 
 

@@ -241,6 +241,11 @@ class Program:
         return result
 
 
+def text_of(shape: Sequence[int]) -> str:
+    """``C,H,W`` as ``--shape`` takes it."""
+    return ",".join(map(str, shape))
+
+
 def placeholders(graph: fx.Graph) -> list[str]:
     """Names of the graph inputs, in order."""
     return [str(node.target) for node in graph.nodes if node.op == "placeholder"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from edadm_compile.ir.program import text_of
 from edadm_compile.report.tables import console, human
 
 
@@ -32,6 +33,7 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("method", f"{plan['method']} {plan['config']}"),
         ("model", f"{plan['parameters']:,} parameters, {plan['nodes']} nodes"),
+        *([("shapes", "; ".join(map(text_of, plan["shapes"])))] if len(plan["shapes"]) > 1 else []),
         ("layers", layers),
         ("weights", bits),
         ("blocks", f"{plan['blocks']} to reconstruct"),

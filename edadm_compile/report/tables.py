@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from edadm_compile.errors import ArtifactError
-from edadm_compile.ir.program import Program
+from edadm_compile.ir.program import Program, text_of
 from edadm_compile.report.mixed_tables import print_mixed
 from edadm_compile.report.truth import describe, totals, truth_table
 from edadm_compile.runtime.artifact import Artifact
@@ -39,6 +40,7 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
             {"name": s.name, "shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")}
             for s in signature.inputs
         ],
+        "shapes": [list(shape) for shape in artifact.shapes],
         "sampler": _sampler(artifact.lowered),
         "layers": rows,
         "totals": totals(rows),
@@ -58,6 +60,14 @@ def inspect_report(artifact: Artifact, size: int) -> dict[str, Any]:
             )
         },
     }
+
+
+def print_shape(result: Mapping[str, Any]) -> None:
+    """Say which shape a result is about, for a file that has several."""
+    if len(result.get("shapes", ())) > 1:
+        named = [text_of(shape) for shape in result["shapes"]]
+        rest = "; ".join(name for name in named if name != text_of(result["shape"]))
+        console().print(f"shape {text_of(result['shape'])}; the file also has {rest} (--shape)", highlight=False)
 
 
 def print_inspect(report: dict[str, Any]) -> None:
@@ -107,7 +117,11 @@ def print_inspect(report: dict[str, Any]) -> None:
         f"weights of quantized layers {human(t['bytes'])}, {t['ratio_to_fp16']} of fp16; file {human(report['file_bytes'])}"
     )
     print_mixed(out, report["mixed_precision"], report["quality"])
-    print_device(report["device"])
+    print_device(report["device"], len(report["shapes"]))
+    if len(report["shapes"]) > 1:
+        out.print(
+            f"shapes {'; '.join(map(text_of, report['shapes']))}; calibrated and measured at the first", highlight=False
+        )
     if report["quality"]:
         out.print(
             f"prediction SQNR against the float model {_db(report['quality']['sqnr'])}{_branches(report['quality'])}"
@@ -148,6 +162,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     size, weights = summary["bytes"], summary["weights"]
     table.add_row("method", f"{summary['method']} {summary['config']}, {summary['blocks']} blocks reconstructed")
     table.add_row("layers", ", ".join(f"{count} {width}" for width, count in summary["layers"].items()))
+    if len(summary["shapes"]) > 1:
+        table.add_row("shapes", f"{'; '.join(map(text_of, summary['shapes']))}; calibrated and measured at the first")
     table.add_row(
         "average weight width",
         f"{summary['average_weight_bits']:.2f} bits ({_chosen(summary)})",
@@ -171,7 +187,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     print_work(table, summary)
     out.print(table)
     print_mixed(out, summary["mixed_precision"], summary["sqnr_db"])
-    print_device(summary.get("device"))
+    print_device(summary.get("device"), len(summary["shapes"]))
     for name, reason in summary["float_layers"].items():
         out.print(f"float: {name}: {reason}", highlight=False)
     for note in summary["notes"]:
@@ -231,9 +247,12 @@ def print_launches(rows: list[dict[str, Any]], title: str) -> None:
     out.print(table)
 
 
-def print_device(device: dict[str, Any] | None) -> None:
-    """Print what GPU code a file holds."""
+def print_device(device: dict[str, Any] | None, shapes: int = 1) -> None:
+    """Print what GPU code a file with so many shapes holds."""
     out = console()
+    if device is None and shapes > 1:
+        out.print("no GPU code (it is made for files of one shape)", highlight=False)
+        return
     if device is None:
         out.print("no GPU code (add it with: edadm-compile target FILE --targets ...)", highlight=False)
         return

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edadm_compile.errors import ArtifactError, EdadmError
 from edadm_compile.ir.dialects import verify
-from edadm_compile.ir.program import Program, layers
+from edadm_compile.ir.program import LayerInfo, Program, layers
 from edadm_compile.ir.valueless import has_values
 from edadm_compile.kernels.cubin import Bundle
 from edadm_compile.runtime import json_text
@@ -28,6 +28,7 @@ from edadm_compile.runtime.manifest_check import check_manifest
 from edadm_compile.runtime.program_check import check_program
 from edadm_compile.runtime.program_json import graph_from_json, graph_to_json, layers_from_json
 from edadm_compile.runtime.sampler_json import sampler_from_json, sampler_to_json
+from edadm_compile.runtime.shapes import Programs, changed, entries_of, entry_of, not_compiled
 from edadm_compile.runtime.signature_json import (
     collect,
     signature_from_json,
@@ -39,7 +40,7 @@ from edadm_compile.runtime.signature_json import (
 FORMAT = "edadm.qmod/1"
 _KEY = "edadm"
 #: Entries of the manifest that became something else.
-_STRUCTURE = ("programs", "tensors", "layers", "signature", "time", "notes", "sampler", "device")
+_STRUCTURE = ("programs", "tensors", "layers", "signature", "time", "notes", "sampler", "device", "shapes")
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,34 @@ class Artifact:
         lowered: program of integer operators.
         manifest: configuration, provenance, quality and versions.
         device: launch plans and compiled kernels for GPUs; None where none were made.
+        others: programs of further shapes of x, which share the constants of the first ones.
     """
 
     qdq: Program
     lowered: Program
     manifest: dict[str, Any] = field(default_factory=dict)
     device: Bundle | None = None
+    others: tuple[Programs, ...] = ()
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """[C, H, W] of x for every shape in the file, the first one first."""
+        return [self.lowered.signature.inputs[0].shape, *(other.shape for other in self.others)]
+
+    def at(self, shape: tuple[int, ...]) -> Artifact:
+        """What the file holds for one of its shapes.
+
+        Raises:
+            InputError: a shape that was not compiled, with the list of those that were.
+        """
+        if shape not in self.shapes:
+            raise not_compiled(shape, self.shapes)
+        if not self.others:
+            return self
+        programs = {other.shape: other for other in self.others}.get(shape)
+        if programs is None:
+            return dataclasses.replace(self, others=())
+        return Artifact(programs.qdq, programs.lowered, self.manifest)
 
 
 def to_bytes(artifact: Artifact) -> bytes:
@@ -81,6 +104,7 @@ def contents(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for program in (artifact.qdq, artifact.lowered):
         collect(program.graph_module, tensors)
         programs[program.dialect] = graph_to_json(program.graph_module.graph, names)
+    shapes = [entry_of(o, programs, lambda p: graph_to_json(p.graph_module.graph, names)) for o in artifact.others]
     time = artifact.lowered.time
     manifest = {
         **artifact.manifest,
@@ -92,6 +116,7 @@ def contents(artifact: Artifact) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "layers": [dataclasses.asdict(info) for info in records],
         "time": None if time is None else time_to_json(time, tensors),
         "device": None if artifact.device is None else store(artifact.device, tensors),
+        **({"shapes": shapes} if shapes else {}),
     }
     return tensors, manifest
 
@@ -178,6 +203,7 @@ def read(path: Path, limits: Limits = DEFAULT, *, device_code: bool = True) -> A
             programs.append(program)
         if device is not None:
             check_bundle(device, programs[1], limits)
+        others = _others(manifest, programs, tensors, records, limits)
         tensors.check_all_used(device_code)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error.__cause__
@@ -186,7 +212,29 @@ def read(path: Path, limits: Limits = DEFAULT, *, device_code: bool = True) -> A
     except Exception as error:  # the manifest passed its checksum: whoever wrote it did so wrongly
         raise ArtifactError(f"{path}: malformed manifest ({type(error).__name__}: {str(error)[:200]})") from error
     kept = {k: v for k, v in manifest.items() if k not in _STRUCTURE}
-    return Artifact(programs[0], programs[1], kept, device)
+    return Artifact(programs[0], programs[1], kept, device, others)
+
+
+def _others(
+    manifest: dict[str, Any], first: list[Program], tensors: _Tensors, records: list[LayerInfo], limits: Limits
+) -> tuple[Programs, ...]:
+    """Programs of the further shapes, built and checked as the first ones are."""
+    if "shapes" not in manifest:
+        return ()
+    if manifest["device"] is not None:
+        raise ArtifactError("shapes: GPU code is for files of one shape")
+    found = []
+    for number, (signature, changes) in enumerate(entries_of(manifest["shapes"], first[0].signature, limits)):
+        programs = []
+        for like in first:
+            nodes = changed(manifest["programs"][like.dialect], changes[like.dialect], number, like.dialect)
+            module = graph_from_json(nodes, tensors, like.dialect, records)
+            program = dataclasses.replace(like, graph_module=module, signature=signature)
+            verify(program)
+            check_program(program, limits)
+            programs.append(program)
+        found.append(Programs(*programs))
+    return tuple(found)
 
 
 def read_manifest(path: Path, limits: Limits = DEFAULT) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Limits:
         inflated: bytes of one kernel or plan after inflation, and of all of them together 16 times as much.
         value: bytes of one value of a program at the smallest batch it accepts (1, where there is a choice).
         arena: bytes of the arena, the inputs and the constants of a launch plan, together.
+        shapes: shapes beside the first one.
         steps: sampler steps, and timesteps of a schedule.
     """
 
@@ -35,6 +36,7 @@ class Limits:
     inflated: int = 64 << 20
     value: int = 4 << 30
     arena: int = 64 << 30
+    shapes: int = 32
     steps: int = 100_000
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from edadm_compile import notebook
 from edadm_compile.errors import InputError
-from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature
+from edadm_compile.ir.program import InputSpec, SamplerSpec, Signature, text_of
 from edadm_compile.ir.timesteps import as_timesteps
 from edadm_compile.runtime.artifact import Artifact, read
 from edadm_compile.runtime.engines import Engine, make_engine
 from edadm_compile.runtime.limits import DEFAULT, Limits
 from edadm_compile.runtime.running import running
+from edadm_compile.runtime.shapes import not_compiled
 
 
 @dataclass
@@ -53,6 +54,11 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.artifact = artifact
         self.engine = engine
+        self._engines: dict[tuple[int, ...], Engine] = {artifact.shapes[0]: engine}
+        self._inputs = {
+            p.signature.inputs[0].shape: p.signature.inputs
+            for p in (artifact.lowered, *(other.lowered for other in artifact.others))
+        }
 
     @property
     def engine_name(self) -> str:
@@ -61,8 +67,13 @@ class CompiledModel(nn.Module):
 
     @property
     def signature(self) -> Signature:
-        """Inputs and output of the source model."""
+        """Inputs and output of the source model, x at the first shape."""
         return self.artifact.lowered.signature
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """[C, H, W] of x for every shape that the file has a program for, the first one first."""
+        return self.artifact.shapes
 
     @property
     def sampler(self) -> SamplerSpec:
@@ -98,7 +109,8 @@ class CompiledModel(nn.Module):
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{s.name} {['B', *s.shape]}".replace("'", "") for s in self.signature.inputs)
-        return f"CompiledModel({self.signature.source}, {self._widths()}, {self.engine_name} engine, inputs {inputs})"
+        others = f", also {'; '.join(map(text_of, self.shapes[1:]))}" if len(self.shapes) > 1 else ""
+        return f"CompiledModel({self.signature.source}, {self._widths()}, {self.engine_name} engine, inputs {inputs}{others})"
 
     def _widths(self) -> str:
         config = self.artifact.manifest.get("config", {})
@@ -112,6 +124,7 @@ class CompiledModel(nn.Module):
             ("widths", self._widths()),
             ("engine", f"{self.engine_name} on {self.device}"),
             ("inputs", ", ".join(f"{s.name} {['B', *s.shape]}".replace("'", "") for s in self.signature.inputs)),
+            *([("shapes", "; ".join(map(text_of, self.shapes)))] if len(self.shapes) > 1 else []),
             ("sampler", f"{self.sampler.scheduler.get('_class_name')}, {self.sampler.steps} steps"),
             ("noise SQNR against float", "not measured" if quality is None else f"{quality:.1f} dB"),
         ]
@@ -147,7 +160,13 @@ class CompiledModel(nn.Module):
 
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
         with running("the program cannot run"):
-            return self.engine(*inputs)
+            return self._engine(tuple(inputs[0].shape[1:]))(*inputs)
+
+    def _engine(self, shape: tuple[int, ...]) -> Engine:
+        """What runs inputs of a compiled shape; made when the first of that shape come."""
+        if shape not in self._engines:
+            self._engines[shape] = make_engine(self.engine_name, str(self.device), self.artifact.at(shape))
+        return self._engines[shape]
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         specs = self.signature.inputs
@@ -170,7 +189,19 @@ class CompiledModel(nn.Module):
             raise InputError(
                 f"input {names[0]!r}: got shape {list(shape)}, expected {['B', *specs[0].shape]} with B at least 1"
             )
+        specs = self._specs(values[names[0]])
         return [_conform(spec, values[spec.name], shape[0]) for spec in specs]
+
+    def _specs(self, x: Tensor) -> tuple[InputSpec, ...]:
+        """The inputs at the shape of x.
+
+        Raises:
+            InputError: an image of a shape that was not compiled.
+        """
+        size, first = tuple(x.shape[1:]), self.shapes[0]
+        if size not in self._inputs and len(size) == len(first) == 3 and size[0] == first[0]:
+            raise InputError(f"input {self.signature.inputs[0].name!r}: {not_compiled(size, self.shapes)}")
+        return self._inputs.get(size, self.signature.inputs)
 
 
 def _flat(kwargs: dict[str, Any], names: list[str]) -> Iterator[tuple[str, Any]]:
@@ -194,16 +225,18 @@ def _conform(spec: InputSpec, value: Tensor, batch: int) -> Tensor:
     if spec.role == "t" and value.numel() == 1:
         value = value.reshape(1).expand(batch)
     if value.shape != (batch, *spec.shape):
-        other = f"; other sizes need a file of their own (compile with --shape {','.join(map(str, value.shape[1:]))})"
-        resized = spec.role == "x" and value.dim() == 4 and value.shape[1] == spec.shape[0]
-        raise InputError(
-            f"input {spec.name!r}: got shape {list(value.shape)}, expected {[batch, *spec.shape]}{other if resized else ''}"
-        )
+        raise InputError(f"input {spec.name!r}: got shape {list(value.shape)}, expected {[batch, *spec.shape]}")
     result: Tensor = as_timesteps(value, spec.dtype) if spec.role == "t" else value.to(spec.dtype)
     return result.contiguous()
 
 
-def load(path: str | Path, device: str = "cpu", engine: str | None = None, limits: Limits = DEFAULT) -> CompiledModel:
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    engine: str | None = None,
+    limits: Limits = DEFAULT,
+    shape: tuple[int, ...] | None = None,
+) -> CompiledModel:
     """Load a ``.qmod`` file.
 
     Args:
@@ -212,14 +245,17 @@ def load(path: str | Path, device: str = "cpu", engine: str | None = None, limit
         engine: "onnxruntime" (fast) or "reference" (pure torch, defines what is right) on the CPU, or "cuda"; by default
             the first of these that the device has.
         limits: what the file may ask for, such as memory; the defaults are far above any model.
+        shape: [C, H, W] of x: only this one of the shapes in the file. By default the model takes all of them, and makes
+            what runs a further one when the first input of that shape comes.
 
     Raises:
         ArtifactError: the file cannot be trusted or understood.
-        InputError: unknown device or engine.
+        InputError: unknown device or engine, or a shape that was not compiled.
         TargetError: no GPU here, no code for it in the file, or ONNX Runtime is not installed.
         ExportError: the program has no ONNX form (with ``engine="onnxruntime"``).
     """
-    return from_artifact(read(Path(path), limits, device_code=device != "cpu"), device, engine)
+    artifact = read(Path(path), limits, device_code=device != "cpu")
+    return from_artifact(artifact if shape is None else artifact.at(tuple(shape)), device, engine)
 
 
 def from_artifact(artifact: Artifact, device: str = "cpu", engine: str | None = None) -> CompiledModel:

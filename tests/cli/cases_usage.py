@@ -18,6 +18,9 @@ CASES = [
     ("tune tiny.qmod --budget 0", 2, "--budget: got 0.0, allowed 1 or more (see edadm-compile tune --help)"),
     ("tune tiny.qmod --prepare sm_90 --budget 5", 2, "--prepare writes no file and measures nothing: leave out -o, --budget and --table (see edadm-compile tune --help)"),
     ("unet.pt --store float8", 2, "--store: got 'float8', allowed float16, bfloat16, float32; did you mean 'float32'? (see edadm-compile compile --help)"),
-    ("unet.pt --shape 3,8,8 --shape 3,16,16", 2, "--shape: got 2 shapes (3,8,8 and 3,16,16), a file holds one; compile one file for each (see edadm-compile compile --help)"),
+    ("verify tiny.qmod --reference unet.pt --shape 3,8,8 --shape 3,16,16", 2, "--shape: got 2 shapes (3,8,8 and 3,16,16), verify takes one at a time; run it once for each (see edadm-compile verify --help)"),
+    ("unet.pt --targets none --shape 3,8,8 --shape 3,8,8", 2, "--shape 3,8,8 is given twice; each shape of a file once"),
+    ("unet.pt --targets none --shape 3,8,8 --shape 1,8,8", 2, "--shape 1,8,8: got 1 channels, the first shape has 3; shapes of one file differ in height and width"),
+    ("unet.pt --targets sm_90 --shape 3,8,8 --shape 3,16,16", 2, "2 shapes and targets sm_90 exclude each other: GPU code is made for files of one shape; compile a file for each shape, or with --targets none"),
     ("unet.pt --null-label", 2, "option '--null-label' requires an argument (see edadm-compile --help)"),
 ]  # fmt: skip

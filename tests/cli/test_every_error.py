@@ -26,6 +26,7 @@ FORGED = "a manifest that was forged with its checksum: tests/runtime/test_artif
 ORIGINAL = "a checkpoint of the authors' own code: tests/frontend/test_original.py"
 PYTHON = "from Python alone: click or another check refuses it before"
 GPU = "on a machine with a GPU: tests/driver/test_tune.py, tests/driver/test_bench.py"
+SHAPES = "a file, or a network, for several shapes: tests/driver/test_shapes.py"
 BROKEN = "a result that only a bug, or a processor without VNNI, makes: "
 #: Where, beginning of the message (or of its source) -> why it is not in the table.
 ELSEWHERE = {
@@ -41,6 +42,10 @@ ELSEWHERE = {
     ("driver/report_facts.py", "report: images"): BROKEN + "tests/driver/test_report.py",
     ("driver/report_facts.py", "report: the"): FORGED,
     ("driver/session.py", "memory: a limit"): PYTHON,
+    ("driver/shapes.py", "GPU code: the file has"): SHAPES,
+    ("frontend/source.py", "--shape {text}: a torch.export"): SHAPES,
+    ("passes/other_shapes.py", ""): SHAPES,
+    ("runtime/artifact.py", "shapes: GPU code"): SHAPES,
     ("driver/workdir.py", "{folder} holds an earlier"): "after an earlier run: tests/driver/test_workdir.py",
     ("driver/workdir.py", "cannot keep"): "a full disk: tests/driver/test_workdir.py",
     ("driver/contenders.py", "--baseline: a torch.export"): GPU,

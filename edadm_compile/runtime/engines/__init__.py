@@ -49,6 +49,11 @@ def make_engine(name: str | None, device: str, artifact: Artifact) -> Engine:
         return _cpu_engine(name, artifact)
     if not torch.cuda.is_available():
         raise TargetError(f"device {device!r}: torch finds no CUDA GPU here; load with device='cpu'")
+    if artifact.others:
+        raise TargetError(
+            f"the file has programs for {len(artifact.shapes)} shapes and so no GPU code; compile a file of one shape for "
+            "the GPU, or load with device='cpu'"
+        )
     if artifact.device is None:
         raise TargetError(
             "the file has no GPU code; add it with: edadm-compile target FILE --targets sm_XX -o FILE (see --help)"
