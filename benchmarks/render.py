@@ -254,7 +254,8 @@ def models_table(folder: Path) -> str:
     machine = read["cifar10_w8a8"]["machine"]
     lines = [
         f"{machine['gpu']}, torch {machine['torch']}; files compiled on a machine without a GPU, tiles of the cost model, random weights",
-        f"([files]({folder.relative_to(ROOT)}/README.md)). Medians, interleaved; behind each time of the float model: how many times faster W8A8 is.",
+        f"([files]({folder.relative_to(ROOT)}/README.md)). Medians, interleaved; behind each time of the float model: how many times faster W8A8 is",
+        "in the same round. W4A8 took turns with W8A8 in another run.",
         "",
         "| UNet, batch | W8A8, ms | W4A8, ms | CUDA graph fp16, ms | torch.compile `reduce-overhead` fp16, ms |",
         "|---|---|---|---|---|",
