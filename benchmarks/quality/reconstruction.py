@@ -69,7 +69,7 @@ class ReleasedTrainer(UnitTrainer):
 
     def _forward(self, rows: Tensor, mix: bool) -> dict[fx.Node, Any]:
         values: dict[fx.Node, Any] = {n: self._input(n, rows, mix) for n in self.inputs}
-        run_nodes(self.program.graph_module, self.closure, values)
+        run_nodes(self.program.graph_module, self.closure, values, (self.unit.output, *self.watched))
         return values
 
 
