@@ -45,19 +45,13 @@ def tune(
     with bars.reporter(quiet, verbose) as progress:
         wanted = batches.parse_batches(batch)
         if prepare is not None:
-            found = driver.prepare(artifact, prepare, wanted, progress)
-    if prepare is not None:
-        if as_json:
-            print_json(found)
-        elif not quiet:
-            bench_tables.print_prepared(found)
-        return
-    with bars.reporter(quiet, verbose) as progress:
-        result = driver.run(artifact, output or artifact, wanted, budget, table, progress)
+            result = driver.prepare(artifact, prepare, wanted, progress)
+        else:
+            result = driver.run(artifact, output or artifact, wanted, budget, table, progress)
     if as_json:
         print_json(result)
     elif not quiet:
-        bench_tables.print_tune(result)
-    if result["interrupted"]:
+        (bench_tables.print_tune if prepare is None else bench_tables.print_prepared)(result)
+    if result.get("interrupted"):
         click.echo(f"interrupted: {table or 'nothing'} was written", err=True)
         sys.exit(130)

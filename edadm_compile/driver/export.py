@@ -19,7 +19,7 @@ from edadm_compile.evaluate.compare import compare_noise
 from edadm_compile.frontend import Source, load_source
 from edadm_compile.ir.program import Program, Signature
 from edadm_compile.passes.base import Progress, Silent
-from edadm_compile.runtime.artifact import Artifact, read, write_atomically
+from edadm_compile.runtime.artifact import Artifact, read, read_manifest, write_atomically
 from edadm_compile.runtime.engines.onnxruntime import OnnxRuntimeEngine, missing_packages
 from edadm_compile.runtime.engines.reference import ReferenceEngine
 from edadm_compile.runtime.sampler_json import sampler_to_json
@@ -112,6 +112,8 @@ def default_output(artifact: Path, name: Path, options: dict[str, Any]) -> Path:
     Raises:
         EdadmError: an unreadable file, or a ``--shape`` that was not compiled.
     """
+    if "shapes" not in read_manifest(artifact):  # nearly every file: the export itself reads the rest
+        return name
     loaded = read(artifact)
     return shapes.sized(name, loaded, shapes.choose(loaded, options)[0])
 

@@ -155,19 +155,25 @@ def prepare(
     progress = progress or Silent()
     loaded = read(artifact)
     device_code.check_has_form(loaded)
-    options = options_for(loaded, arch, batches)
-    wanted = device_code.batches_for(loaded.lowered, options.batches)
-    progress.stage("plans", None)
-    targets = [Target(arch, batch, device_code.STORES[options.store]) for batch in wanted]
-    shapes = shapes_of(loaded.lowered, targets, lambda: progress.advance(1))
+    targets, shapes = _to_try(loaded.lowered, arch, options_for(loaded, arch, batches), progress)
     plans = [plan for shape in shapes for plan in shape.candidates]
     kernels = len(aot.distinct(plans))
     progress.stage("kernels", kernels)
     refused = GpuRunner(torch.device("cuda")).prepare(plans, progress.advance)
     return {
-        "arch": arch, "batches": list(wanted), "triton": triton_version(), "shapes": len(shapes), "candidates": len(plans),
+        "arch": arch, "batches": [target.batch for target in targets], "triton": triton_version(), "shapes": len(shapes), "candidates": len(plans),
         "kernels": kernels, "refused": sorted(set(refused.values())), "cache": str(default_cache()),
     }  # fmt: skip
+
+
+def _to_try(
+    program: Program, arch: str, options: device_code.DeviceOptions, progress: Progress
+) -> tuple[list[Target], list[Shape]]:
+    """What plans are made for, and every matrix shape in them with its candidates."""
+    store = device_code.STORES[options.store]
+    targets = [Target(arch, batch, store) for batch in device_code.batches_for(program, options.batches)]
+    progress.stage("plans", None)
+    return targets, shapes_of(program, targets, lambda: progress.advance(1))
 
 
 def options_for(loaded: Artifact, arch: str, batches: tuple[int, ...] | None) -> device_code.DeviceOptions:
@@ -187,11 +193,8 @@ def tune(
 ) -> tuple[dict[str, Any], Found]:  # fmt: skip
     """Measure on a device; returns the table as JSON values and what the search found."""
     program, measure = loaded.lowered, GpuMeasure(runner, loaded.lowered)
-    store = device_code.STORES[options.store]
-    batches = device_code.batches_for(program, options.batches)
     start = time.monotonic()
-    progress.stage("plans", None)
-    shapes = shapes_of(program, [Target(arch, batch, store) for batch in batches], lambda: progress.advance(1))
+    targets, shapes = _to_try(program, arch, options, progress)
     names = [(shape.key, i) for shape in shapes for i in range(len(shape.candidates))]
     plans = [plan for shape in shapes for plan in shape.candidates]
     progress.stage("kernels", len(plans))
@@ -199,11 +202,11 @@ def tune(
     left = None if budget is None else max(0.0, budget - (time.monotonic() - start))
     found = search(shapes, measure, progress=progress, budget=left, refused=refused)
     result = to_table(arch, shapes, found)
-    result["batches"] = list(batches)
+    result["batches"] = [target.batch for target in targets]
     result["faster_in_fp16"], result["fp16_note"] = [], FLOAT_NOTE
     if not found.stopped:
         progress.stage("fp16", len(shapes))
-        plain = [make_plan(program, Target(arch, batch, store)) for batch in batches]
+        plain = [make_plan(program, target) for target in targets]
         result["faster_in_fp16"] = fp16_times.faster(plain, shapes, found, measure, runner, progress)
     return result, found
 
